@@ -1,0 +1,43 @@
+# make course: read it executed.  make test: all checks.  make lab: JupyterLab.  make notebooks: re-execute in place.
+# make bench: measure, on a quiet machine.  Each makes .venv from the pins if it is not there.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+COURSE := exported/course
+NBCONVERT := $(BIN)/jupyter nbconvert --log-level=ERROR
+
+.PHONY: course test lab notebooks bench
+
+.venv/.installed: requirements.txt pyproject.toml
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+course: .venv/.installed
+	@mkdir -p $(COURSE)
+	@n=0; for notebook in $(NOTEBOOKS); do \
+		n=$$((n + 1)); echo "[$$n/$(words $(NOTEBOOKS))] $$notebook"; \
+		$(NBCONVERT) --execute --to notebook --output-dir $(COURSE) $$notebook && \
+		$(NBCONVERT) --to html --output-dir $(COURSE) $(COURSE)/$$(basename $$notebook) || exit 1; \
+	done
+	@$(BIN)/fluxlab export
+	@echo; echo "The executed course:      $(COURSE)/, as notebooks and as HTML pages to open in a browser"
+	@echo "Pictures and diagrams:    exported/"
+
+test: .venv/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+	$(BIN)/pytest --nbmake --nbmake-timeout=300 notebooks
+
+lab: .venv/.installed
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+notebooks: .venv/.installed
+	$(NBCONVERT) --execute --inplace --ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
+
+bench: .venv/.installed
+	$(BIN)/python -m tests.benchmarks.blocks

@@ -1,0 +1,47 @@
+"""fluxlab: FLUX.1, the whole model, open to look into. ``import fluxlab as fl``."""
+
+from fluxlab.config import VARIANTS, AutoEncoderConfig, ConfigError, FluxConfig, Variant, variant
+from fluxlab.inspect.diagram import model_map
+from fluxlab.model.autoencoder import AutoEncoder
+from fluxlab.model.embeddings import timestep_embedding
+from fluxlab.model.rope import apply_rope, rope
+from fluxlab.model.transformer import Flux, build
+from fluxlab.pipeline.inputs import FluxInputs, example_inputs
+from fluxlab.pipeline.latents import image_ids, noise, pack, text_ids, unpack
+from fluxlab.pipeline.pipeline import Pipeline, load
+from fluxlab.pipeline.sampling import Step, denoise
+from fluxlab.pipeline.schedule import schedule
+from fluxlab.weights.files import WeightsError
+from fluxlab.weights.load import load_weights
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "VARIANTS",
+    "AutoEncoder",
+    "AutoEncoderConfig",
+    "ConfigError",
+    "Flux",
+    "FluxConfig",
+    "FluxInputs",
+    "Pipeline",
+    "Step",
+    "Variant",
+    "WeightsError",
+    "apply_rope",
+    "build",
+    "denoise",
+    "example_inputs",
+    "image_ids",
+    "load",
+    "load_weights",
+    "model_map",
+    "noise",
+    "pack",
+    "rope",
+    "schedule",
+    "text_ids",
+    "timestep_embedding",
+    "unpack",
+    "variant",
+]

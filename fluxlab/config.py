@@ -1,0 +1,230 @@
+"""What sizes a FLUX.1 model has. A config is a frozen dataclass, and a variant is a base plus its differences.
+
+Every field's comment gives its value in FLUX.1 [dev] and why it is there. Nothing in the library
+tests a model's name: code asks the config.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A config whose numbers do not fit together, or a variant that does not exist."""
+
+
+@dataclass(frozen=True)
+class FluxConfig:
+    """Sizes of the transformer. The defaults are FLUX.1 [dev]'s."""
+
+    in_channels: int = 64  # 64: a 2x2 patch of a 16-channel latent; more where an edit model is shown a second picture
+    out_channels: int = 64  # 64: the velocity of one such patch
+    vec_in_dim: int = 768  # 768: the width of CLIP-L's pooled output
+    context_in_dim: int = 4096  # 4096: the width of T5-XXL's sequence
+    hidden_size: int = 3072  # 3072: the width of both residual streams
+    mlp_ratio: float = 4.0  # 4: an MLP's hidden width over the hidden size, 12288
+    num_heads: int = 24  # 24: heads of 3072 / 24 = 128 features
+    depth: int = 19  # 19: blocks in which text and image have weights of their own
+    depth_single_blocks: int = 38  # 38: blocks in which they share one set
+    axes_dim: tuple[int, ...] = (16, 56, 56)  # features of a head that RoPE turns by index, row and column; sum to 128
+    theta: int = 10_000  # 10000: the base of RoPE's frequencies
+    qkv_bias: bool = True  # True: it matters, since QK-norm and RoPE come after it
+    guidance_embed: bool = True  # True: guidance was distilled into the network; False in schnell
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
+        for name in ("in_channels", "out_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("depth", "depth_single_blocks"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"num_heads is {self.num_heads}, which does not divide hidden_size {self.hidden_size}; "
+                f"choose a number of heads that does"
+            )
+        if odd := [dim for dim in self.axes_dim if dim % 2 or dim < 2]:
+            raise ConfigError(
+                f"axes_dim is {self.axes_dim}; RoPE turns features in pairs, so each axis must be a positive even "
+                f"number, and {odd[0]} is not"
+            )
+        if sum(self.axes_dim) != self.head_dim:
+            raise ConfigError(
+                f"axes_dim is {self.axes_dim}, which sums to {sum(self.axes_dim)}; it must sum to the width of a "
+                f"head, hidden_size / num_heads = {self.head_dim}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one head: 128."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_hidden_dim(self) -> int:
+        """Hidden width of an MLP: 12288."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+
+@dataclass(frozen=True)
+class AutoEncoderConfig:
+    """Sizes of the VAE. The defaults are those of every FLUX.1 model."""
+
+    resolution: int = 256  # 256: the side of the pictures it was trained on; it works at any multiple of 8
+    in_channels: int = 3  # 3: red, green, blue
+    ch: int = 128  # 128: features at full resolution
+    out_ch: int = 3  # 3: red, green, blue
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)  # features at each resolution over `ch`; each but the last halves the side
+    num_res_blocks: int = 2  # 2: residual blocks at each resolution on the way down; one more on the way up
+    z_channels: int = 16  # 16: channels of the latent (SD 1.5 and SDXL have 4)
+    scale_factor: float = 0.3611  # 0.3611: one over the standard deviation of the VAE's own latents
+    shift_factor: float = 0.1159  # 0.1159: their mean; both bring latents to the unit noise they are mixed with
+    norm_groups: int = 32  # 32: groups of each GroupNorm
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
+        for mult in self.ch_mult:
+            if self.ch * mult % self.norm_groups:
+                raise ConfigError(
+                    f"norm_groups is {self.norm_groups}, which does not divide the {self.ch * mult} features of one "
+                    f"resolution (ch {self.ch} x ch_mult {mult})"
+                )
+
+    @property
+    def compression(self) -> int:
+        """Pixels along one side of one latent cell: 8."""
+        return int(2 ** (len(self.ch_mult) - 1))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One published model: its parts, where they are found, and what to call it with by default."""
+
+    name: str
+    transformer: FluxConfig
+    autoencoder: AutoEncoderConfig
+    t5: str  # where the T5 encoder and its tokenizer are: a hub name, or a folder below data/
+    clip: str  # the same for CLIP's text model
+    t5_length: int  # text tokens the prompt is padded to
+    clip_length: int  # tokens CLIP reads
+    num_steps: int  # the usual number of steps
+    guidance: float  # the usual guidance; without meaning where guidance_embed is False
+    time_shift: bool  # whether the schedule bends with the number of image tokens
+    repo: str | None  # the hub repository of the official files; None where data/ carries them
+    transformer_file: str  # the single-file checkpoint of the transformer
+    autoencoder_file: str  # the same for the VAE
+    size: int = 1024  # the usual side of a picture, in pixels
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the weights are carried in data/."""
+        return self.repo is None
+
+
+_DEV = Variant(
+    name="flux-dev",
+    transformer=FluxConfig(),
+    autoencoder=AutoEncoderConfig(),
+    t5="google/t5-v1_1-xxl",
+    clip="openai/clip-vit-large-patch14",
+    t5_length=512,
+    clip_length=77,
+    num_steps=50,
+    guidance=3.5,
+    time_shift=True,
+    repo="black-forest-labs/FLUX.1-dev",
+    transformer_file="flux1-dev.safetensors",
+    autoencoder_file="ae.safetensors",
+)
+
+
+def _relative(name: str, repo: str, file: str, in_channels: int = 64, **differences: Any) -> Variant:
+    """A model that differs from dev in what its image tokens carry and in its defaults."""
+    transformer = replace(_DEV.transformer, in_channels=in_channels)
+    return replace(_DEV, name=name, transformer=transformer, repo=repo, transformer_file=file, **differences)
+
+
+_TINY_DEV = Variant(
+    name="flux-tiny-dev",
+    transformer=FluxConfig(
+        vec_in_dim=64,
+        context_in_dim=128,
+        hidden_size=128,
+        num_heads=4,
+        depth=2,
+        depth_single_blocks=4,
+        axes_dim=(4, 14, 14),
+    ),
+    autoencoder=AutoEncoderConfig(
+        resolution=128,
+        ch=32,
+        ch_mult=(1, 2, 2, 2),
+        num_res_blocks=1,
+        scale_factor=1.0,
+        shift_factor=0.0,
+        norm_groups=8,
+    ),
+    t5="flux-tiny/t5",
+    clip="flux-tiny/clip",
+    t5_length=32,
+    clip_length=32,
+    num_steps=20,
+    guidance=4.0,
+    time_shift=True,
+    repo=None,
+    transformer_file="flux-tiny/flux-tiny-dev.safetensors",
+    autoencoder_file="flux-tiny/ae.safetensors",
+    size=128,
+)
+
+
+def _schnell(base: Variant, **differences: Any) -> Variant:
+    """What [schnell] changes: no guidance embedder, no time shift, few steps."""
+    transformer = replace(base.transformer, guidance_embed=False)
+    return replace(base, transformer=transformer, num_steps=4, time_shift=False, **differences)
+
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        _DEV,
+        _schnell(
+            _DEV,
+            name="flux-schnell",
+            t5_length=256,
+            repo="black-forest-labs/FLUX.1-schnell",
+            transformer_file="flux1-schnell.safetensors",
+        ),
+        _relative("flux-krea-dev", "black-forest-labs/FLUX.1-Krea-dev", "flux1-krea-dev.safetensors", guidance=4.5),
+        _relative(
+            "flux-kontext-dev", "black-forest-labs/FLUX.1-Kontext-dev", "flux1-kontext-dev.safetensors", guidance=2.5
+        ),
+        # 384 = 64 noisy latent + 64 latent of the masked picture + 256 mask (8x8 pixels of each latent cell, 2x2 cells)
+        _relative(
+            "flux-fill-dev", "black-forest-labs/FLUX.1-Fill-dev", "flux1-fill-dev.safetensors", 384, guidance=30.0
+        ),
+        # 128 = 64 noisy latent + 64 latent of the edge or depth picture
+        _relative(
+            "flux-canny-dev", "black-forest-labs/FLUX.1-Canny-dev", "flux1-canny-dev.safetensors", 128, guidance=30.0
+        ),
+        _relative(
+            "flux-depth-dev", "black-forest-labs/FLUX.1-Depth-dev", "flux1-depth-dev.safetensors", 128, guidance=10.0
+        ),
+        _TINY_DEV,
+        _schnell(_TINY_DEV, name="flux-tiny-schnell", transformer_file="flux-tiny/flux-tiny-schnell.safetensors"),
+    )
+}
+
+
+def variant(name: str) -> Variant:
+    """The variant of that name.
+
+    Raises:
+        ConfigError: there is none; the message gives the nearest names.
+    """
+    if name in VARIANTS:
+        return VARIANTS[name]
+    near = difflib.get_close_matches(str(name), VARIANTS, n=3, cutoff=0.4) or list(VARIANTS)
+    raise ConfigError(f"unknown variant {name!r}; did you mean {' or '.join(near)}? All of them: {', '.join(VARIANTS)}")

@@ -1,0 +1,1 @@
+"""What FLUX is: modules and functions, tensors in, tensors out."""

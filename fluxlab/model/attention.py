@@ -1,0 +1,84 @@
+"""Attention: queries and keys are normed and rotated, then every token looks at every token. Opened in chapter 07.
+
+There is no mask anywhere in FLUX, the padding of the text included.
+Axes: batch B, tokens L, heads H, head width D, channels C = H * D.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fluxlab.model.rope import apply_rope
+
+
+def attention(
+    q: Float[Tensor, "batch heads tokens dim"],
+    k: Float[Tensor, "batch heads tokens dim"],
+    v: Float[Tensor, "batch heads tokens dim"],
+    rotation: Float[Tensor, "#batch 1 tokens pairs 2 2"],
+) -> Float[Tensor, "batch tokens channels"]:
+    """Rotate q and k, attend, and lay the heads side by side: ``softmax(q k^T / sqrt(D)) v``."""
+    q, k = apply_rope(q, k, rotation)
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)")
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + 1e-6) * scale`` over the last axis, in float32 at least.
+
+    Source: "Root Mean Square Layer Normalization", Zhang and Sennrich 2019.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.scale)
+
+    def forward(self, x: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape dim"]:
+        wide = x if x.dtype == torch.float64 else x.float()
+        return F.rms_norm(wide, self.scale.shape, eps=1e-6).type_as(x) * self.scale
+
+
+class QKNorm(nn.Module):
+    """RMSNorm of queries and keys, each with a scale of its own. It keeps the scores from growing; v is left alone.
+
+    Source: "Scaling Vision Transformers to 22 Billion Parameters", Dehghani et al. 2023.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(dim)
+        self.key_norm = RMSNorm(dim)
+
+    def forward(
+        self, q: Float[Tensor, "batch heads tokens dim"], k: Float[Tensor, "batch heads tokens dim"]
+    ) -> tuple[Float[Tensor, "batch heads tokens dim"], Float[Tensor, "batch heads tokens dim"]]:
+        return self.query_norm(q), self.key_norm(k)
+
+
+class SelfAttention(nn.Module):
+    """One stream's share of a double block's attention: qkv before it, a projection after. The block attends."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.norm = QKNorm(dim // num_heads)
+        self.proj = nn.Linear(dim, dim)
+
+    def project(
+        self, x: Float[Tensor, "batch tokens channels"]
+    ) -> tuple[
+        Float[Tensor, "batch heads tokens dim"],
+        Float[Tensor, "batch heads tokens dim"],
+        Float[Tensor, "batch heads tokens dim"],
+    ]:
+        """Queries and keys, normed, and values: one Linear, unpacked as ``(K H D)``."""
+        q, k, v = rearrange(self.qkv(x), "b l (k h d) -> k b h l d", k=3, h=self.num_heads)
+        q, k = self.norm(q, k)
+        return q, k, v

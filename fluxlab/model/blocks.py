@@ -1,0 +1,121 @@
+"""The three kinds of layer a token passes: double block, single block, last layer. Opened in chapters 07 to 09.
+
+Text comes before image wherever they are joined.
+Axes: batch B, tokens L = text T + image I, heads H, head width D, channels C, hidden width M of the MLP.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fluxlab.model.attention import QKNorm, SelfAttention, attention
+from fluxlab.model.modulation import Modulation, modulate
+
+
+def layer_norm(dim: int) -> nn.LayerNorm:
+    """LayerNorm without weights of its own: the modulation that follows takes their place."""
+    return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+
+
+def mlp(dim: int, hidden_dim: int) -> nn.Sequential:
+    """Linear, GELU (tanh form), Linear."""
+    return nn.Sequential(nn.Linear(dim, hidden_dim), nn.GELU(approximate="tanh"), nn.Linear(hidden_dim, dim))
+
+
+class DoubleStreamBlock(nn.Module):
+    """Image and text, each with weights of its own, meet in one attention.
+
+    Source: MMDiT of "Scaling Rectified Flow Transformers", Esser et al. 2024.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_hidden_dim: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        self.img_mod = Modulation(hidden_size, double=True)
+        self.img_norm1 = layer_norm(hidden_size)
+        self.img_attn = SelfAttention(hidden_size, num_heads, qkv_bias)
+        self.img_norm2 = layer_norm(hidden_size)
+        self.img_mlp = mlp(hidden_size, mlp_hidden_dim)
+
+        self.txt_mod = Modulation(hidden_size, double=True)
+        self.txt_norm1 = layer_norm(hidden_size)
+        self.txt_attn = SelfAttention(hidden_size, num_heads, qkv_bias)
+        self.txt_norm2 = layer_norm(hidden_size)
+        self.txt_mlp = mlp(hidden_size, mlp_hidden_dim)
+
+    def forward(
+        self,
+        img: Float[Tensor, "batch image_tokens channels"],
+        txt: Float[Tensor, "batch text_tokens channels"],
+        vec: Float[Tensor, "batch channels"],
+        pe: Float[Tensor, "#batch 1 tokens pairs 2 2"],
+    ) -> tuple[Float[Tensor, "batch image_tokens channels"], Float[Tensor, "batch text_tokens channels"]]:
+        img_mod1, img_mod2 = self.img_mod(vec)
+        txt_mod1, txt_mod2 = self.txt_mod(vec)
+
+        # each stream makes its own queries, keys and values
+        img_q, img_k, img_v = self.img_attn.project(modulate(self.img_norm1(img), img_mod1.shift, img_mod1.scale))
+        txt_q, txt_k, txt_v = self.txt_attn.project(modulate(self.txt_norm1(txt), txt_mod1.shift, txt_mod1.scale))
+
+        # one attention over both
+        q = torch.cat((txt_q, img_q), dim=2)  # B H T+I D
+        k = torch.cat((txt_k, img_k), dim=2)
+        v = torch.cat((txt_v, img_v), dim=2)
+        joint = attention(q, k, v, pe)  # B T+I C
+        txt_attn, img_attn = joint[:, : txt.shape[1]], joint[:, txt.shape[1] :]
+
+        # apart again
+        img = img + img_mod1.gate * self.img_attn.proj(img_attn)
+        img = img + img_mod2.gate * self.img_mlp(modulate(self.img_norm2(img), img_mod2.shift, img_mod2.scale))
+        txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_attn)
+        txt = txt + txt_mod2.gate * self.txt_mlp(modulate(self.txt_norm2(txt), txt_mod2.shift, txt_mod2.scale))
+        return img, txt
+
+
+class SingleStreamBlock(nn.Module):
+    """Text and image as one sequence; attention and MLP side by side, from one Linear and into one Linear.
+
+    Source: "Scaling Vision Transformers to 22 Billion Parameters", Dehghani et al. 2023.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_hidden_dim: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.widths = (3 * hidden_size, mlp_hidden_dim)
+        self.linear1 = nn.Linear(hidden_size, sum(self.widths))  # qkv and the MLP's way in
+        self.linear2 = nn.Linear(hidden_size + mlp_hidden_dim, hidden_size)  # proj and the MLP's way out
+        self.norm = QKNorm(hidden_size // num_heads)
+        self.pre_norm = layer_norm(hidden_size)
+        self.mlp_act = nn.GELU(approximate="tanh")
+        self.modulation = Modulation(hidden_size, double=False)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens channels"],
+        vec: Float[Tensor, "batch channels"],
+        pe: Float[Tensor, "#batch 1 tokens pairs 2 2"],
+    ) -> Float[Tensor, "batch tokens channels"]:
+        (mod,) = self.modulation(vec)
+        qkv, hidden = self.linear1(modulate(self.pre_norm(x), mod.shift, mod.scale)).split(self.widths, dim=-1)
+        q, k, v = rearrange(qkv, "b l (k h d) -> k b h l d", k=3, h=self.num_heads)
+        q, k = self.norm(q, k)
+        joined = torch.cat((attention(q, k, v, pe), self.mlp_act(hidden)), dim=-1)  # B L C+M
+        return x + mod.gate * self.linear2(joined)
+
+
+class LastLayer(nn.Module):
+    """Features become one velocity for each number of the token's patch, modulated a last time."""
+
+    def __init__(self, hidden_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = layer_norm(hidden_size)
+        self.linear = nn.Linear(hidden_size, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(
+        self, x: Float[Tensor, "batch image_tokens channels"], vec: Float[Tensor, "batch channels"]
+    ) -> Float[Tensor, "batch image_tokens out_channels"]:
+        shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)  # the diffusers layout swaps them
+        return self.linear(modulate(self.norm_final(x), shift, scale))

@@ -1,0 +1,46 @@
+"""How one vector steers every layer: shift, scale and gate from the time, the guidance and CLIP. Opened in chapter 06.
+
+Axes: batch B, tokens L, channels C.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ModulationOut(NamedTuple):
+    """What steers one sub-layer, the same for every token."""
+
+    shift: Float[Tensor, "batch 1 channels"]
+    scale: Float[Tensor, "batch 1 channels"]
+    gate: Float[Tensor, "batch 1 channels"]
+
+
+class Modulation(nn.Module):
+    """``Linear(SiLU(vec))`` cut into shift, scale and gate: once in a single block, twice in a double block.
+
+    Source: AdaLN-Zero of "Scalable Diffusion Models with Transformers", Peebles and Xie 2022.
+    """
+
+    def __init__(self, dim: int, double: bool) -> None:
+        super().__init__()
+        self.multiplier = 6 if double else 3
+        self.lin = nn.Linear(dim, self.multiplier * dim)
+
+    def forward(self, vec: Float[Tensor, "batch channels"]) -> tuple[ModulationOut, ...]:
+        parts = self.lin(F.silu(vec))[:, None, :].chunk(self.multiplier, dim=-1)  # each B 1 C
+        return tuple(ModulationOut(*parts[i : i + 3]) for i in range(0, self.multiplier, 3))
+
+
+def modulate(
+    x: Float[Tensor, "batch tokens channels"],
+    shift: Float[Tensor, "batch 1 channels"],
+    scale: Float[Tensor, "batch 1 channels"],
+) -> Float[Tensor, "batch tokens channels"]:
+    """``x * (1 + scale) + shift``: at zero it changes nothing. (A gate is not offset: at zero it closes.)"""
+    return torch.addcmul(shift, x, 1 + scale)

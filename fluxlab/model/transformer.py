@@ -1,0 +1,129 @@
+"""The whole transformer: tokens, time and text in, a velocity out. Opened in chapter 00.
+
+Parameter names are the official checkpoints', so real weights load with no renaming.
+Axes: batch B, tokens L = text T + image I, channels C.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor, nn
+
+from fluxlab.config import ConfigError, FluxConfig, variant
+from fluxlab.model.blocks import DoubleStreamBlock, LastLayer, SingleStreamBlock
+from fluxlab.model.embeddings import EMBEDDING_DIM, MLPEmbedder, timestep_embedding
+from fluxlab.model.rope import EmbedND
+
+
+class Flux(nn.Module):
+    """The rectified flow transformer of FLUX.1, Black Forest Labs 2024. Sizes come from the config alone."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        self.pe_embedder = EmbedND(c.theta, c.axes_dim)
+        self.img_in = nn.Linear(c.in_channels, c.hidden_size)
+        self.time_in = MLPEmbedder(EMBEDDING_DIM, c.hidden_size)
+        self.vector_in = MLPEmbedder(c.vec_in_dim, c.hidden_size)
+        self.guidance_in = MLPEmbedder(EMBEDDING_DIM, c.hidden_size) if c.guidance_embed else None
+        self.txt_in = nn.Linear(c.context_in_dim, c.hidden_size)
+        self.double_blocks = nn.ModuleList(
+            DoubleStreamBlock(c.hidden_size, c.num_heads, c.mlp_hidden_dim, c.qkv_bias) for _ in range(c.depth)
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleStreamBlock(c.hidden_size, c.num_heads, c.mlp_hidden_dim) for _ in range(c.depth_single_blocks)
+        )
+        self.final_layer = LastLayer(c.hidden_size, c.out_channels)
+
+    def forward(
+        self,
+        img: Float[Tensor, "batch image_tokens in_channels"],
+        img_ids: Num[Tensor, "batch image_tokens axes"],
+        txt: Float[Tensor, "batch text_tokens context_dim"],
+        txt_ids: Num[Tensor, "batch text_tokens axes"],
+        timesteps: Float[Tensor, " batch"],
+        y: Float[Tensor, "batch vec_dim"],
+        guidance: Float[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch image_tokens out_channels"]:
+        """Predict the velocity, noise minus data, of each image token.
+
+        Args:
+            img: packed noisy latent, in the dtype of the weights.
+            img_ids: index, row and column of each image token, whole numbers in float32 or integers.
+            txt: T5's last hidden state.
+            txt_ids: zeros.
+            timesteps: t in [0, 1]; 1 is noise.
+            y: CLIP's pooled output.
+            guidance: strength of the distilled guidance; for models that have its embedder, and for them alone.
+
+        Raises:
+            ValueError: guidance is missing where the model needs it, or given where it has no use.
+        """
+        self._check_guidance(guidance)
+
+        # 1. what the picture is to be, as one vector
+        vec = self.time_in(timestep_embedding(timesteps).type_as(img))
+        if self.guidance_in is not None and guidance is not None:
+            vec = vec + self.guidance_in(timestep_embedding(guidance).type_as(img))
+        vec = vec + self.vector_in(y)  # B C
+
+        # 2. tokens, and where each of them is
+        img = self.img_in(img)  # B I C
+        txt = self.txt_in(txt)  # B T C
+        pe = self.pe_embedder(torch.cat((txt_ids, img_ids), dim=1))  # B 1 T+I D/2 2 2
+
+        # 3. two streams that meet in attention
+        for block in self.double_blocks:
+            img, txt = block(img, txt, vec, pe)
+
+        # 4. one stream
+        x = torch.cat((txt, img), dim=1)  # B T+I C
+        for block in self.single_blocks:
+            x = block(x, vec, pe)
+
+        # 5. the text has done its work
+        return self.final_layer(x[:, txt.shape[1] :], vec)
+
+    def _check_guidance(self, guidance: Tensor | None) -> None:
+        if self.config.guidance_embed and guidance is None:
+            raise ValueError(
+                "guidance is None, but this model has a guidance embedder; give one strength for each item of the "
+                "batch, such as torch.full((batch,), 3.5)"
+            )
+        if not self.config.guidance_embed and guidance is not None:
+            raise ValueError(
+                "guidance was given, but this model has no guidance embedder (guidance_embed=False, as in schnell) "
+                "and would ignore it; leave it out"
+            )
+
+
+def build(
+    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **overrides: Any
+) -> Flux:
+    """A model of a variant's sizes with random weights; on ``"meta"`` it has shapes and takes no memory.
+
+    Args:
+        name: of the variant.
+        device: where its weights are made.
+        dtype: of its weights.
+        **overrides: any field of ``FluxConfig``, such as ``depth=2, depth_single_blocks=2``.
+
+    Raises:
+        ConfigError: no such variant, no such field, or sizes that do not fit together.
+    """
+    known = [field.name for field in fields(FluxConfig)]
+    if unknown := [field for field in overrides if field not in known]:
+        raise ConfigError(f"{unknown[0]} is not a field of FluxConfig; the fields are {', '.join(known)}")
+    with torch.device("meta"):
+        model = Flux(replace(variant(name).transformer, **overrides)).to(dtype)
+    if torch.device(device).type != "meta":
+        model.to_empty(device=device)
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    return model

@@ -1,0 +1,84 @@
+"""Everything one forward takes, in one place, to look at and to save. Opened in chapter 00."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor
+
+from fluxlab.config import variant
+from fluxlab.pipeline.latents import grid, image_ids, text_ids
+from fluxlab.weights.files import read_tensors, write_tensors
+
+
+@dataclass
+class FluxInputs:
+    """The arguments of ``Flux.forward``, by name: ``model(**inputs.kwargs())``."""
+
+    img: Float[Tensor, "batch image_tokens in_channels"]
+    img_ids: Num[Tensor, "batch image_tokens 3"]
+    txt: Float[Tensor, "batch text_tokens context_dim"]
+    txt_ids: Num[Tensor, "batch text_tokens 3"]
+    timesteps: Float[Tensor, " batch"]
+    y: Float[Tensor, "batch vec_dim"]
+    guidance: Float[Tensor, " batch"] | None = None
+
+    def kwargs(self) -> dict[str, Tensor]:
+        """What is given, by name; guidance is left out where there is none."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in given.items() if tensor is not None}
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with one tensor for each input."""
+        write_tensors(self.kwargs(), path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> FluxInputs:
+        """Read what ``save`` wrote.
+
+        Raises:
+            WeightsError: the file is not readable as safetensors, or its names are not a forward's inputs.
+        """
+        names = [field.name for field in fields(cls)]
+        return cls(**read_tensors(path, required=names[:-1], optional=names[-1:]))
+
+    def __repr__(self) -> str:
+        rows = [f"  {name:<9} {list(t.shape)!s:<18} {t.dtype}, {t.device}" for name, t in self.kwargs().items()]
+        return "\n".join(["FluxInputs", *rows])
+
+
+def example_inputs(
+    name: str,
+    height: int | None = None,
+    width: int | None = None,
+    batch: int = 1,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> FluxInputs:
+    """Random inputs of the shapes that a variant takes, at its usual size or another; on "meta", shapes alone.
+
+    Image, text and ``y`` are unit noise from ``seed``; the time is 1 and the guidance the variant's usual one.
+    """
+    chosen = variant(name)
+    config = chosen.transformer
+    height, width = height or chosen.size, width or chosen.size
+    rows, columns = grid(height, width)
+    meta = torch.device(device or "cpu").type == "meta"
+    generator = None if meta else torch.Generator("cpu").manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="meta" if meta else "cpu").to(device, dtype)
+
+    return FluxInputs(
+        img=randn(batch, rows * columns, config.in_channels),
+        img_ids=image_ids(batch, height, width, device=device),
+        txt=randn(batch, chosen.t5_length, config.context_in_dim),
+        txt_ids=text_ids(batch, chosen.t5_length, device=device),
+        timesteps=torch.ones(batch, device=device),
+        y=randn(batch, config.vec_in_dim),
+        guidance=torch.full((batch,), chosen.guidance, device=device) if config.guidance_embed else None,
+    )

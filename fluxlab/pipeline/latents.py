@@ -1,0 +1,92 @@
+"""What the tokens are: noise, packing, and the place of each token. Opened in chapter 02.
+
+The VAE makes a latent 8 times smaller than the picture; 2x2 patches of the latent are the image tokens, so one token
+stands for 16x16 pixels. Axes: batch B, latent channels c, latent height h and width w, image tokens I, text tokens T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+COMPRESSION = 8  # pixels along one side of a latent cell
+PATCH = 2  # latent cells along one side of a token
+PIXELS = COMPRESSION * PATCH  # pixels along one side of a token
+
+
+def grid(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of image tokens of a picture of this size in pixels, a partial token counted whole.
+
+    Raises:
+        ValueError: a side is not positive.
+    """
+    for name, side in (("height", height), ("width", width)):
+        if side < 1:
+            raise ValueError(f"{name} is {side}; it must be a positive number of pixels")
+    return -(-height // PIXELS), -(-width // PIXELS)
+
+
+def noise(
+    seeds: Sequence[int], height: int, width: int, channels: int = 16, device: torch.device | str | None = None
+) -> Float[Tensor, "batch channels h w"]:
+    """Unit noise in the latent's shape, one seed for each item of the batch, in float32.
+
+    It is drawn on the CPU, so that a seed gives the same start on any device and in any batch.
+    """
+    rows, columns = grid(height, width)
+    shape = (channels, PATCH * rows, PATCH * columns)
+    each = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
+    return torch.stack(each).to(device)
+
+
+def pack(latent: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch image_tokens patch"]:
+    """Cut a latent into 2x2 patches, row by row: 16 channels become 64 numbers a token, channel slowest."""
+    return rearrange(latent, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=PATCH, pw=PATCH)
+
+
+def unpack(
+    tokens: Float[Tensor, "batch image_tokens patch"], height: int, width: int
+) -> Float[Tensor, "batch channels h w"]:
+    """The latent that ``pack`` cut, for a picture of this size in pixels.
+
+    Raises:
+        ValueError: the number of tokens is not that of the size.
+    """
+    rows, columns = grid(height, width)
+    if tokens.shape[1] != rows * columns:
+        raise ValueError(
+            f"tokens has {tokens.shape[1]} image tokens, but a picture {height} high and {width} wide has "
+            f"{rows} x {columns} = {rows * columns}; give the size that the tokens were packed from"
+        )
+    return rearrange(tokens, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=rows, ph=PATCH, pw=PATCH)
+
+
+def image_ids(
+    batch: int, height: int, width: int, index: int = 0, device: torch.device | str | None = None
+) -> Float[Tensor, "batch image_tokens 3"]:
+    """Index, row and column of each image token, in float32, in the order of ``pack``.
+
+    Args:
+        batch: number of pictures.
+        height: of the picture, in pixels.
+        width: of the picture, in pixels.
+        index: 0 for the picture that is made; Kontext puts 1 on the picture it is shown.
+        device: where the ids are made.
+    """
+    rows, columns = grid(height, width)
+    ids = torch.zeros(rows, columns, 3, device=device)
+    ids[..., 0] = index
+    ids[..., 1] = torch.arange(rows, device=device)[:, None]
+    ids[..., 2] = torch.arange(columns, device=device)[None, :]
+    return ids.reshape(1, rows * columns, 3).repeat(batch, 1, 1)
+
+
+def text_ids(
+    batch: int, text_tokens: int, device: torch.device | str | None = None
+) -> Float[Tensor, "batch text_tokens 3"]:
+    """Zeros: every text token sits at (0, 0, 0), and RoPE leaves it as it is."""
+    return torch.zeros(batch, text_tokens, 3, device=device)

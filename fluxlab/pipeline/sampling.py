@@ -1,0 +1,73 @@
+"""The loop: ask the model which way, take a step, until the noise is a picture. Opened in chapter 11.
+
+Axes: batch B, image tokens I, channels C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fluxlab.model.transformer import Flux
+from fluxlab.pipeline.inputs import FluxInputs
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the loop."""
+
+    index: int  # 0 for the first
+    t: float  # the time it starts from
+    t_next: float  # the time it goes to
+    img: Float[Tensor, "batch image_tokens channels"]  # the tokens at t
+    velocity: Float[Tensor, "batch image_tokens channels"]  # what was predicted: noise minus picture
+    img_next: Float[Tensor, "batch image_tokens channels"]  # the tokens at t_next
+
+    @property
+    def clean(self) -> Float[Tensor, "batch image_tokens channels"]:
+        """The clean tokens that the model sees coming: one straight step from t all the way to 0."""
+        return self.img - self.t * self.velocity
+
+
+@torch.no_grad()
+def denoise(
+    model: Flux,
+    inputs: FluxInputs,
+    times: Sequence[float],
+    negative: FluxInputs | None = None,
+    true_cfg: float = 1.0,
+    callback: Callable[[Step], None] | None = None,
+    progress: bool = True,
+) -> Float[Tensor, "batch image_tokens channels"]:
+    """Euler steps along the predicted velocity: ``img + (t_next - t) * velocity``.
+
+    Args:
+        model: predicts the velocity.
+        inputs: the first forward's; ``img`` is where the loop starts. ``timesteps`` is set anew at every step.
+        times: as ``schedule`` gives them, falling; one step between each and the next.
+        negative: the inputs of a negative prompt, for true classifier-free guidance; a second forward a step.
+        true_cfg: its strength; at 1 the negative prompt has no say and is not run.
+        callback: called after every step.
+        progress: whether to draw a bar.
+
+    Source: "Flow Straight and Fast", Liu et al. 2022; "Classifier-Free Diffusion Guidance", Ho and Salimans 2022.
+    """
+    dtype = inputs.img.dtype
+    img = inputs.img.to(torch.promote_types(dtype, torch.float32))  # the sum of many small steps is kept exact
+    steps = list(zip(times[:-1], times[1:], strict=True))
+    for index, (t, t_next) in enumerate(tqdm(steps, desc="sampling", unit="step", disable=not progress)):
+        timesteps = torch.full((img.shape[0],), t, dtype=torch.float32, device=img.device)
+        velocity = model(**replace(inputs, img=img.to(dtype), timesteps=timesteps).kwargs())
+        if negative is not None and true_cfg != 1:
+            away = model(**replace(negative, img=img.to(dtype), timesteps=timesteps).kwargs())
+            velocity = away + true_cfg * (velocity - away)
+        img_next = img + (t_next - t) * velocity
+        if callback is not None:
+            callback(Step(index, t, t_next, img, velocity, img_next))
+        img = img_next
+    return img

@@ -1,0 +1,40 @@
+"""At which times the model is asked, from noise at t = 1 to the picture at t = 0. Opened in chapter 03.
+
+The more image tokens, the more noise it takes to hide a picture, so the schedule of [dev] lingers near t = 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+
+def shift_mu(image_tokens: int) -> float:
+    """How far the schedule bends: linear in the image tokens, 0.5 at 256 and 1.15 at 4096, and on beyond both."""
+    return 0.5 + (1.15 - 0.5) * (image_tokens - 256) / (4096 - 256)
+
+
+def shift_time(t: float, mu: float) -> float:
+    """``e^mu / (e^mu + 1/t - 1)``: 0 and 1 stay, what is between moves towards 1.
+
+    Source: "Scaling Rectified Flow Transformers", Esser et al. 2024, section 5.3.2, with alpha = e^mu.
+    """
+    return math.exp(mu) * t / (math.exp(mu) * t + 1 - t)
+
+
+def schedule(num_steps: int, image_tokens: int, shift: bool = True) -> list[float]:
+    """``num_steps + 1`` times that fall from 1 to 0.
+
+    Args:
+        num_steps: forwards of the model.
+        image_tokens: of one picture; read only where ``shift`` is true.
+        shift: whether the schedule bends with the image tokens ([dev]) or falls evenly ([schnell]).
+
+    Raises:
+        ValueError: a number is below 1.
+    """
+    for name, number in (("num_steps", num_steps), ("image_tokens", image_tokens)):
+        if number < 1:
+            raise ValueError(f"{name} is {number}; it must be at least 1")
+    even = [1 - i / num_steps for i in range(num_steps)] + [0.0]
+    mu = shift_mu(image_tokens)
+    return [shift_time(t, mu) for t in even] if shift else even

@@ -1,0 +1,108 @@
+"""What a prompt says: T5 gives a sequence of vectors, CLIP gives one. Opened in chapter 01.
+
+Both are transformers' classes, the same for the full model and for flux-tiny. Prompts are padded to a fixed length
+and no attention mask is used, so padding takes part, as it did when FLUX was trained.
+Axes: batch B, text tokens T, channels C.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+
+@dataclass
+class TextEncoders:
+    """The two encoders with their tokenizers."""
+
+    t5: T5EncoderModel
+    t5_tokenizer: T5Tokenizer
+    t5_length: int
+    clip: CLIPTextModel
+    clip_tokenizer: CLIPTokenizer
+    clip_length: int
+
+    @classmethod
+    def load(
+        cls,
+        t5: str | Path,
+        clip: str | Path,
+        t5_length: int,
+        clip_length: int,
+        t5_tokenizer: str | Path | None = None,
+        clip_tokenizer: str | Path | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> TextEncoders:
+        """Load both from folders in the Hugging Face format, or from hub names. Only safetensors are read.
+
+        Args:
+            t5: folder or hub name of the T5 encoder.
+            clip: the same of CLIP's text model.
+            t5_length: tokens a prompt is padded to for T5.
+            clip_length: the same for CLIP.
+            t5_tokenizer: where the tokenizer is, if not with the encoder.
+            clip_tokenizer: likewise.
+            device: where the weights go.
+            dtype: of the weights.
+
+        Raises:
+            OSError: neither a folder nor a hub name that can be reached.
+        """
+        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+        options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+        return cls(
+            t5=T5EncoderModel.from_pretrained(str(t5), **options).to(device).eval(),
+            t5_tokenizer=T5Tokenizer.from_pretrained(str(t5_tokenizer or t5)),
+            t5_length=t5_length,
+            clip=CLIPTextModel.from_pretrained(str(clip), **options).to(device).eval(),
+            clip_tokenizer=CLIPTokenizer.from_pretrained(str(clip_tokenizer or clip)),
+            clip_length=clip_length,
+        )
+
+    def tokenize(
+        self, prompts: Sequence[str]
+    ) -> tuple[Int[Tensor, "batch text_tokens"], Int[Tensor, "batch clip_tokens"]]:
+        """Token ids for T5 and for CLIP, padded to their lengths; a longer prompt is cut, with a warning."""
+        return (
+            _tokenize(self.t5_tokenizer, prompts, self.t5_length, "T5"),
+            _tokenize(self.clip_tokenizer, prompts, self.clip_length, "CLIP"),
+        )
+
+    def encode(
+        self, t5_ids: Int[Tensor, "batch text_tokens"], clip_ids: Int[Tensor, "batch clip_tokens"]
+    ) -> tuple[Float[Tensor, "batch text_tokens context_dim"], Float[Tensor, "batch vec_dim"]]:
+        """T5's last hidden state (``txt``) and CLIP's pooled output (``y``)."""
+        txt = self.t5(input_ids=t5_ids.to(self.t5.device), attention_mask=None).last_hidden_state
+        y = self.clip(input_ids=clip_ids.to(self.clip.device), attention_mask=None).pooler_output
+        return txt, y
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[str]
+    ) -> tuple[Float[Tensor, "batch text_tokens context_dim"], Float[Tensor, "batch vec_dim"]]:
+        """``txt`` and ``y`` of each prompt."""
+        return self.encode(*self.tokenize(prompts))
+
+
+def _tokenize(tokenizer: Any, prompts: Sequence[str], length: int, who: str) -> Int[Tensor, "batch tokens"]:
+    for prompt, ids in zip(prompts, tokenizer(list(prompts), truncation=False).input_ids, strict=True):
+        if len(ids) > length:
+            cut = tokenizer.decode(ids[length - 1 : -1])  # one place goes to the end token
+            warnings.warn(
+                f"prompt {prompt!r} has {len(ids)} {who} tokens and {who} reads {length}; this part is cut: {cut!r}",
+                stacklevel=4,
+            )
+    options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
+    return tokenizer(list(prompts), return_tensors="pt", **options).input_ids  # type: ignore[no-any-return]

@@ -99,7 +99,15 @@ def _boxes(chosen: Variant, height: int, width: int) -> list[_Box]:
         _Box("double_blocks", "07", "img_in", f"{tokens} × {c.hidden_size}", _IMAGE, 244),
         _Box("rope", "05", "RoPE", f"axes {' + '.join(map(str, c.axes_dim))}", _PLACE, 244),
         _Box("modulation", "06", "modulation", "each layer its own", _VEC, 348),
-        _Box("double_blocks", "07", f"{c.depth} × double-stream block", "two sets of weights, one attention", 375, 468, 720),
+        _Box(
+            "double_blocks",
+            "07",
+            f"{c.depth} × double-stream block",
+            "two sets of weights, one attention",
+            375,
+            468,
+            720,
+        ),
         _Box("single_blocks", "08", f"{c.depth_single_blocks} × single-stream block", joint, 375, 596, 720),
         _Box("last_layer", "09", "last layer", f"velocity, {tokens} × {c.out_channels}", _IMAGE, 724),
         _Box("sampling", "03, 11", "Euler step", f"t → t next, {chosen.num_steps} times", _IMAGE, 852),
@@ -123,7 +131,9 @@ def _draw(box: _Box, lit: bool) -> Iterator[str]:
         yield _text(left + box.width - 8, box.y + 18, box.chapter, 14, colour=_QUIET, anchor="end")
 
 
-def _text(x: float, y: float, words: str, size: int, weight: str = "normal", colour: str = _INK, anchor: str = "middle") -> str:
+def _text(
+    x: float, y: float, words: str, size: int, weight: str = "normal", colour: str = _INK, anchor: str = "middle"
+) -> str:
     style = f'font-size="{size}" font-weight="{weight}" fill="{colour}" text-anchor="{anchor}"'
     return f'<text x="{x:g}" y="{y:g}" {style}>{escape(words)}</text>'
 
@@ -141,7 +151,9 @@ def _arrows(boxes: list[_Box]) -> Iterator[str]:
         a, b = by_title[first], by_title[then]
         return path((x, a.y + a.height), (x, b.y - 3))
 
-    prompt, clip, double, single = (by_title[n] for n in ("prompt", "CLIP text", "double-stream block", "single-stream block"))
+    prompt, clip, double, single = (
+        by_title[n] for n in ("prompt", "CLIP text", "double-stream block", "single-stream block")
+    )
     for x in (_TEXT, _VEC):
         turn = prompt.y + prompt.height + 24
         yield path((prompt.x, prompt.y + prompt.height), (prompt.x, turn), (x, turn), (x, clip.y - 3))
@@ -171,9 +183,7 @@ def _arrows(boxes: list[_Box]) -> Iterator[str]:
     yield _text(_VEC + 12, y - 12, "modulation", 18, colour=_QUIET, anchor="start")
     pack, y = by_title["pack"], step.y + step.height / 2  # and again, from the next time on
     right = _PLACE + 132
-    yield path(
-        (step.x + step.width / 2, y), (right, y), (right, 217), (pack.x, 217), dashed=True
-    )
+    yield path((step.x + step.width / 2, y), (right, y), (right, 217), (pack.x, 217), dashed=True)
     yield _text(right - 12, y - 12, "again, from the next t", 18, colour=_QUIET, anchor="end")
     unpack_, vae, picture = by_title["unpack"], by_title["VAE decoder"], by_title["picture"]
     for a, b in ((unpack_, vae), (vae, picture)):

@@ -102,9 +102,7 @@ class Flux(nn.Module):
             )
 
 
-def build(
-    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **overrides: Any
-) -> Flux:
+def build(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **overrides: Any) -> Flux:
     """A model of a variant's sizes with random weights; on ``"meta"`` it has shapes and takes no memory.
 
     Args:
@@ -124,6 +122,6 @@ def build(
     if torch.device(device).type != "meta":
         model.to_empty(device=device)
         for module in model.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
     return model

@@ -144,9 +144,7 @@ class Pipeline:
         )
 
     @torch.no_grad()
-    def decode(
-        self, tokens: Float[Tensor, "batch image_tokens patch"], height: int, width: int
-    ) -> list[Image.Image]:
+    def decode(self, tokens: Float[Tensor, "batch image_tokens patch"], height: int, width: int) -> list[Image.Image]:
         """Clean tokens to pictures."""
         weight = self.autoencoder.decoder.conv_in.weight
         pixels = self.autoencoder.decode(unpack(tokens, height, width).to(weight.device, weight.dtype))
@@ -168,8 +166,8 @@ class Pipeline:
         for name, side in zip(("height", "width"), size, strict=True):
             if side % PIXELS:
                 raise ValueError(
-                    f"{name} is {side}; it must be a multiple of {PIXELS}, since one token stands for {PIXELS}x{PIXELS} "
-                    f"pixels: try {max(PIXELS, round(side / PIXELS) * PIXELS)}"
+                    f"{name} is {side}; it must be a multiple of {PIXELS}, one token is {PIXELS}x{PIXELS} pixels: "
+                    f"try {max(PIXELS, round(side / PIXELS) * PIXELS)}"
                 )
         return size
 

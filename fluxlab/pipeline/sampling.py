@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -59,7 +60,7 @@ def denoise(
     """
     dtype = inputs.img.dtype
     img = inputs.img.to(torch.promote_types(dtype, torch.float32))  # the sum of many small steps is kept exact
-    steps = list(zip(times[:-1], times[1:], strict=True))
+    steps = list(pairwise(times))
     for index, (t, t_next) in enumerate(tqdm(steps, desc="sampling", unit="step", disable=not progress)):
         timesteps = torch.full((img.shape[0],), t, dtype=torch.float32, device=img.device)
         velocity = model(**replace(inputs, img=img.to(dtype), timesteps=timesteps).kwargs())

@@ -18,7 +18,7 @@ def shift_time(t: float, mu: float) -> float:
 
     Source: "Scaling Rectified Flow Transformers", Esser et al. 2024, section 5.3.2, with alpha = e^mu.
     """
-    return math.exp(mu) * t / (math.exp(mu) * t + 1 - t)
+    return math.exp(mu) * t / (math.exp(mu) * t + (1 - t))  # so that 1 gives 1 exactly
 
 
 def schedule(num_steps: int, image_tokens: int, shift: bool = True) -> list[float]:

@@ -8,7 +8,8 @@ Axes: batch B, text tokens T, channels C.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,11 +63,14 @@ class TextEncoders:
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+        with _no_progress_bar():
+            t5_model: Any = T5EncoderModel.from_pretrained(str(t5), **options)
+            clip_model: Any = CLIPTextModel.from_pretrained(str(clip), **options)
         return cls(
-            t5=T5EncoderModel.from_pretrained(str(t5), **options).to(device).eval(),
+            t5=t5_model.to(device).eval().requires_grad_(False),
             t5_tokenizer=T5Tokenizer.from_pretrained(str(t5_tokenizer or t5)),
             t5_length=t5_length,
-            clip=CLIPTextModel.from_pretrained(str(clip), **options).to(device).eval(),
+            clip=clip_model.to(device).eval().requires_grad_(False),
             clip_tokenizer=CLIPTokenizer.from_pretrained(str(clip_tokenizer or clip)),
             clip_length=clip_length,
         )
@@ -96,6 +100,20 @@ class TextEncoders:
         return self.encode(*self.tokenize(prompts))
 
 
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Loading two small folders needs no bar; whatever was set before is set again."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _tokenize(tokenizer: Any, prompts: Sequence[str], length: int, who: str) -> Int[Tensor, "batch tokens"]:
     for prompt, ids in zip(prompts, tokenizer(list(prompts), truncation=False).input_ids, strict=True):
         if len(ids) > length:
@@ -105,4 +123,4 @@ def _tokenize(tokenizer: Any, prompts: Sequence[str], length: int, who: str) -> 
                 stacklevel=4,
             )
     options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
-    return tokenizer(list(prompts), return_tensors="pt", **options).input_ids  # type: ignore[no-any-return]
+    return tokenizer(list(prompts), return_tensors="pt", **options).input_ids

@@ -10,6 +10,7 @@ import io
 import json
 import string
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -83,7 +84,7 @@ def _train_clip(corpus: list[str], folder: Path) -> None:
         show_progress=False,
     )
     raw.train_from_iterator(corpus, trainer)
-    merges = [tuple(merge) for merge in json.loads(raw.to_str())["model"]["merges"]]
+    merges: Any = [tuple(merge) for merge in json.loads(raw.to_str())["model"]["merges"]]
     tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(merge) for merge in merges)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: i for i, token in enumerate(tokens)}

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from fluxlab.config import VARIANTS, AutoEncoderConfig
+from fluxlab.config import VARIANTS
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.inputs import FluxInputs
@@ -112,7 +112,7 @@ def fit(
     average of the weights, whose memory grows with the steps.
     """
     path, record = run / f"{stage}.state.safetensors", run / f"{stage}.jsonl"
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    parameters: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average = [p.detach().clone() for p in parameters]
     start = _restore(path, parameters, average, optimizer) if path.exists() else 0
@@ -154,7 +154,7 @@ def fit(
 
 
 @contextmanager
-def _averaged(parameters: list[nn.Parameter], average: list[Tensor]) -> Iterator[None]:
+def _averaged(parameters: list[Tensor], average: list[Tensor]) -> Iterator[None]:
     """The averaged weights in place of the current ones, for a while."""
     current = [p.detach().clone() for p in parameters]
     with torch.no_grad():
@@ -167,7 +167,7 @@ def _averaged(parameters: list[nn.Parameter], average: list[Tensor]) -> Iterator
 
 
 def _save(
-    path: Path, step: int, parameters: list[nn.Parameter], average: list[Tensor], optimizer: torch.optim.Optimizer
+    path: Path, step: int, parameters: list[Tensor], average: list[Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
     tensors: dict[str, Tensor] = {"step": torch.tensor(step)}
     for i, p in enumerate(parameters):
@@ -176,14 +176,14 @@ def _save(
     write_tensors(tensors, path)
 
 
-def _restore(
-    path: Path, parameters: list[nn.Parameter], average: list[Tensor], optimizer: torch.optim.Optimizer
-) -> int:
+def _restore(path: Path, parameters: list[Tensor], average: list[Tensor], optimizer: torch.optim.Optimizer) -> int:
     with open_tensors(path) as file, torch.no_grad():
         for i, p in enumerate(parameters):
             p.copy_(file.get_tensor(f"{i}.value"))
             average[i].copy_(file.get_tensor(f"{i}.average"))
-            optimizer.state[p] = {key: file.get_tensor(f"{i}.{key}") for key in ("exp_avg", "exp_avg_sq", "step")}
+            state = {key: file.get_tensor(f"{i}.{key}") for key in ("exp_avg", "exp_avg_sq")}
+            state = {key: torch.empty_like(p).copy_(value) for key, value in state.items()}  # in the weight's layout
+            optimizer.state[p] = state | {"step": file.get_tensor(f"{i}.step")}
         return int(file.get_tensor("step"))
 
 
@@ -199,9 +199,11 @@ def _compiled(recipe: Recipe, module: Any) -> Any:
 def train_autoencoder(run: Path, recipe: Recipe) -> AutoEncoder:
     """Reconstruct 64x64 crops: absolute and squared error, and a light pull of the posterior towards unit noise."""
     torch.manual_seed(recipe.seed)
-    autoencoder = AutoEncoder(DEV.autoencoder).to(memory_format=torch.channels_last)
+    autoencoder = AutoEncoder(DEV.autoencoder)
+    nn.Module.to(autoencoder, memory_format=torch.channels_last)  # type: ignore[call-overload]
     with torch.no_grad():  # start with little posterior noise: heavy noise makes it learn slowly
-        autoencoder.encoder.conv_out.bias[DEV.autoencoder.z_channels :] = -6.0
+        bias: Tensor = autoencoder.encoder.state_dict()["conv_out.bias"]
+        bias[DEV.autoencoder.z_channels :] = -6.0
     pixels = _cached(
         run / "crops.safetensors",
         lambda: {"pixels": torch.stack([p for p, _ in _draw(recipe.crops, 128, 128, recipe.seed + 1)])},
@@ -244,9 +246,7 @@ def _measured(autoencoder: AutoEncoder, pixels: Tensor) -> AutoEncoder:
     measured = AutoEncoder(raw)
     measured.load_state_dict(autoencoder.state_dict())
     latents = torch.cat([measured.encode(batch) for batch in pixels.split(16)])
-    config = replace(
-        raw, scale_factor=round(1 / latents.std().item(), 4), shift_factor=round(latents.mean().item(), 4)
-    )
+    config = replace(raw, scale_factor=round(1 / latents.std().item(), 4), shift_factor=round(latents.mean().item(), 4))
     print(f"autoencoder: scale_factor {config.scale_factor}, shift_factor {config.shift_factor}", flush=True)
     measured.config = config
     return measured.eval().requires_grad_(False)
@@ -276,9 +276,7 @@ def encode_pictures(run: Path, recipe: Recipe, autoencoder: AutoEncoder) -> None
         _cached(run / f"latents-{height}x{width}.safetensors", make)
 
 
-def _draw(
-    number: int, height: int, width: int, seed: int, held_out: bool = False
-) -> Iterator[tuple[Tensor, str]]:
+def _draw(number: int, height: int, width: int, seed: int, held_out: bool = False) -> Iterator[tuple[Tensor, str]]:
     rng = np.random.default_rng(seed)
     for _ in range(number):
         picture = random_picture(rng, height, width, held_out)
@@ -377,12 +375,9 @@ def _tokenizers(run: Path) -> TextEncoders:
 
 def initialise(model: Flux) -> Flux:
     """Zero every modulation and the last layer: each block starts as the identity, and the output as zero."""
-    zeroed = [model.final_layer.linear, model.final_layer.adaLN_modulation[1]]
-    zeroed += [mod.lin for block in model.double_blocks for mod in (block.img_mod, block.txt_mod)]
-    zeroed += [block.modulation.lin for block in model.single_blocks]
-    for linear in zeroed:
-        nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
+    for name, parameter in model.named_parameters():
+        if "mod" in name or name.startswith("final_layer"):
+            nn.init.zeros_(parameter)
     return model
 
 
@@ -421,9 +416,7 @@ def train_flow(run: Path, recipe: Recipe, autoencoder: AutoEncoder) -> tuple[Flu
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def distil_guidance(
-    run: Path, recipe: Recipe, autoencoder: AutoEncoder, teacher: Flux, text: TextEncoders
-) -> Flux:
+def distil_guidance(run: Path, recipe: Recipe, autoencoder: AutoEncoder, teacher: Flux, text: TextEncoders) -> Flux:
     """flux-tiny-dev: told a guidance g in 1..8, predict ``u + g (c - u)`` of the teacher in one forward.
 
     Source: "On Distillation of Guided Diffusion Models", Meng et al. 2022.
@@ -449,7 +442,9 @@ def distil_guidance(
             txt, y = text.encode(*tokens)
             places = text_ids(*txt.shape[:2])
             with_prompt = teach(img, ids, txt, places, t, y).float()
-            without = teach(img, ids, empty_txt.expand_as(txt).contiguous(), places, t, empty_y.expand_as(y).contiguous())
+            without = teach(
+                img, ids, empty_txt.expand_as(txt).contiguous(), places, t, empty_y.expand_as(y).contiguous()
+            )
             target = without + guidance[:, None, None] * (with_prompt - without.float())
         return F.mse_loss(forward(img, ids, txt, places, t, y, guidance).float(), target)
 
@@ -492,13 +487,7 @@ def sample_grid(
             guidance=None if guidance is None else torch.full((number,), guidance),
         )
 
-    encoders = (text.t5, text.clip)
-    training = [encoder.training for encoder in encoders]
-    for encoder in encoders:
-        encoder.eval()
-    positive, negative = inputs(*text(prompts)), inputs(*text([""] * number))
-    for encoder, mode in zip(encoders, training, strict=True):
-        encoder.train(mode)
+    positive, negative = inputs(*text(prompts)), inputs(*text([""] * number))  # no encoder has dropout
     times = schedule(steps, positive.img.shape[1])
     with torch.no_grad():
         tokens = denoise(model, positive, times, negative, true_cfg, progress=False)
@@ -515,10 +504,8 @@ def publish(run: Path, output: Path, autoencoder: AutoEncoder, student: Flux, te
     ):
         tensors = {key: value.bfloat16() for key, value in module.state_dict().items()}
         write_tensors(tensors, output / Path(name).name, metadata)
-    for name, encoder, tokenizer in (
-        ("t5", text.t5, text.t5_tokenizer),
-        ("clip", text.clip, text.clip_tokenizer),
-    ):
+    for name in ("t5", "clip"):
+        encoder: Any = getattr(text, name)
         encoder.to(torch.bfloat16).save_pretrained(output / name)
         for file in (run / name).iterdir():
             (output / name / file.name).write_bytes(file.read_bytes())

@@ -1,4 +1,4 @@
-"""flux-tiny's world: pictures of coloured shapes, made by code, each with its caption and its truth. Opened in chapter 16.
+"""flux-tiny's world: pictures of coloured shapes, made by code, with caption and truth. Opened in chapter 16.
 
 A scene says what is there; drawing it adds jitter and gives pixels and one mask for each thing. A tenth of all scenes
 is held out: training never sees them, measuring uses them alone.
@@ -58,6 +58,7 @@ class Thing:
     size: str
 
     def words(self, with_size: bool = True) -> str:
+        """As a caption names it, with its article."""
         words = [self.size] * with_size + [self.colour, self.shape]
         return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
 
@@ -139,7 +140,7 @@ def draw_scene(
 ) -> Picture:
     """Draw a scene: anti-aliased, with jitter in place, size, angle and colour."""
     pixels = np.tile(_jittered(BACKGROUNDS[scene.background], 5, rng), (height, width, 1))
-    masks = []
+    masks: list[NDArray[np.float64]] = []
     for thing, (x, y) in zip(scene.things, _centres(scene, rng), strict=True):
         radius = SIZES[thing.size] * min(height, width) * rng.uniform(0.93, 1.07)
         mask = _coverage(thing.shape, (x * width, y * height), radius, rng.uniform(-0.12, 0.12), height, width)

@@ -1,4 +1,4 @@
-"""Where a variant's files are: carried in data/, in a folder on disk, or in a repository of a hub that the user names."""
+"""Where a variant's files are: carried in data/, in a folder on disk, or on a hub, if the user names it."""
 
 from __future__ import annotations
 

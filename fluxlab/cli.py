@@ -1,0 +1,97 @@
+"""The ``fluxlab`` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+import fluxlab as fl
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="FLUX.1, opened.")
+
+
+def _fail(error: Exception) -> typer.Exit:
+    typer.secho(f"fluxlab: {error}", err=True, fg="red")
+    return typer.Exit(2)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to paint.")],
+    output: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("picture.png"),
+    variant: Annotated[str, typer.Option(help="Which model.")] = "flux-tiny-dev",
+    source: Annotated[
+        Optional[str],  # noqa: UP045 (typer reads it)
+        typer.Option(help="For a full-size model: its folder on disk, or its hub repository (owner/name)."),
+    ] = None,
+    steps: Annotated[Optional[int], typer.Option(help="Forwards of the model. [default: the variant's]")] = None,  # noqa: UP045
+    guidance: Annotated[Optional[float], typer.Option(help="Distilled guidance. [default: the variant's]")] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(help="Of the noise: the same seed gives the same picture.")] = 0,
+    width: Annotated[Optional[int], typer.Option(help="In pixels, a multiple of 16.")] = None,  # noqa: UP045
+    height: Annotated[Optional[int], typer.Option(help="In pixels, a multiple of 16.")] = None,  # noqa: UP045
+    image: Annotated[Optional[Path], typer.Option(help="A picture to start from.")] = None,  # noqa: UP045
+    strength: Annotated[float, typer.Option(help="How much of --image becomes noise, above 0, at most 1.")] = 0.7,
+    negative_prompt: Annotated[str, typer.Option(help="What --true-cfg leads away from.")] = "",
+    true_cfg: Annotated[float, typer.Option(help="Above 1: guidance by a second forward a step.")] = 1.0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+) -> None:
+    """Paint a prompt."""
+    from PIL import Image
+
+    if not output.parent.is_dir():
+        raise _fail(ValueError(f"--output {output}: there is no folder {output.parent}"))
+    try:
+        start = Image.open(image) if image else None
+        picture = fl.load(variant, source, device)(
+            prompt,
+            seed=seed,
+            num_steps=steps,
+            guidance=guidance,
+            width=width,
+            height=height,
+            image=start,
+            strength=strength,
+            negative_prompt=negative_prompt,
+            true_cfg=true_cfg,
+        )
+    except (ValueError, OSError) as error:
+        raise _fail(error) from error
+    assert isinstance(picture, Image.Image)
+    picture.save(output)
+    typer.echo(f"{output}: {picture.width} x {picture.height} pixels")
+
+
+@app.command()
+def export(
+    output: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("exported"),
+) -> None:
+    """Make everything in exported/ again: the map of the model, and a grid of prompts and pictures."""
+    from fluxlab.inspect.gallery import gallery
+
+    output.mkdir(parents=True, exist_ok=True)
+    for name in ("flux-dev", "flux-schnell", "flux-tiny-dev"):
+        fl.model_map(name).save(output / f"{name}-map.svg")
+        typer.echo(output / f"{name}-map.svg")
+    gallery("flux-tiny-dev").save(output / "flux-tiny-dev-gallery.png")
+    typer.echo(output / "flux-tiny-dev-gallery.png")
+
+
+@app.command()
+def train_tiny(
+    run: Annotated[Path, typer.Option(help="Where the training keeps its state; run again, it goes on from there.")],
+    output: Annotated[Optional[Path], typer.Option(help="Where flux-tiny is written when done.")] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    smoke: Annotated[bool, typer.Option(help="A few steps of every stage, to see that all of it works.")] = False,
+) -> None:
+    """Train flux-tiny: tokenizers, autoencoder, flow with the text encoders, guidance."""
+    from dataclasses import replace
+
+    from fluxlab.tiny.train import SMOKE, Recipe, train
+
+    train(run, replace(SMOKE if smoke else Recipe(), seed=seed), output)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,42 @@
+"""Every test runs with jaxtyping's runtime checker on: a wrong shape in a signature is an error."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+from jaxtyping import install_import_hook
+
+import tests.typechecker  # noqa: F401
+
+with install_import_hook("fluxlab", "tests.typechecker.check"):
+    import fluxlab
+    import fluxlab.cli
+    import fluxlab.tiny.train
+    import fluxlab.weights.convert
+
+import pytest
+import torch
+
+from fluxlab.config import AutoEncoderConfig, FluxConfig
+
+SMALL = FluxConfig(
+    vec_in_dim=24, context_in_dim=40, hidden_size=64, num_heads=2, depth=2, depth_single_blocks=3, axes_dim=(4, 12, 16)
+)
+SMALL_AUTOENCODER = AutoEncoderConfig(ch=32, ch_mult=(1, 2, 2), num_res_blocks=2, z_channels=4, norm_groups=16)
+
+
+def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Random values in every parameter, the norms' too, so that none of them can be left out unseen."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            spread = torch.randn(p.shape, generator=generator, dtype=torch.float32)
+            around = 1.0 if name.endswith("scale") or (p.ndim == 1 and "norm" in name and "bias" not in name) else 0.0
+            p.copy_(around + spread * (0.2 if p.ndim == 1 else p[0].numel() ** -0.5))
+    return module.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return fluxlab.load("flux-tiny-dev")

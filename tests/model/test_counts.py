@@ -1,0 +1,114 @@
+"""Counts, names and shapes against published facts: the official checkpoints and their model cards."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import fluxlab as fl
+
+PARAMETERS = {  # counted from the official checkpoints' headers
+    "flux-dev": (11_901_408_320, 780),
+    "flux-krea-dev": (11_901_408_320, 780),
+    "flux-kontext-dev": (11_901_408_320, 780),
+    "flux-schnell": (11_891_178_560, 776),
+    "flux-canny-dev": (11_901_604_928, 780),
+    "flux-depth-dev": (11_901_604_928, 780),
+    "flux-fill-dev": (11_902_391_360, 780),
+}
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_variant_has_the_published_number_of_parameters_and_tensors(name):
+    model = fl.build(name, device="meta")
+    assert (count(model), len(model.state_dict())) == PARAMETERS[name]
+
+
+def test_the_parts_of_dev_have_the_published_number_of_parameters():
+    model = fl.build("flux-dev", device="meta")
+    parts = {
+        "double_blocks.7": 339_831_296,
+        "single_blocks.20": 141_591_808,
+        "final_layer": 19_077_184,
+        "img_in": 199_680,
+        "txt_in": 12_585_984,
+        "time_in": 10_229_760,
+        "guidance_in": 10_229_760,
+        "vector_in": 11_802_624,
+    }
+    assert {name: count(model.get_submodule(name)) for name in parts} == parts
+    modulation = [m for name, m in model.named_modules() if name.endswith((".lin", "adaLN_modulation.1"))]
+    assert sum(map(count, modulation)) == 3_247_448_064
+    assert round(100 * sum(map(count, modulation)) / count(model), 1) == 27.3
+
+
+def test_two_double_and_two_single_blocks_have_the_published_number_of_parameters():
+    assert count(fl.build("flux-dev", device="meta", depth=2, depth_single_blocks=2)) == 1_026_971_200
+
+
+def test_the_autoencoder_has_the_published_number_of_parameters_and_tensors():
+    with torch.device("meta"):
+        autoencoder = fl.AutoEncoder(fl.VARIANTS["flux-dev"].autoencoder)
+    assert (count(autoencoder), len(autoencoder.state_dict())) == (83_819_683, 244)
+    assert count(autoencoder.decoder) == 49_545_475
+    assert not any("quant" in name for name in autoencoder.state_dict())
+
+
+def test_the_text_encoders_have_the_published_number_of_parameters():
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    with torch.device("meta"):
+        t5 = T5EncoderModel(
+            T5Config(
+                vocab_size=32128,
+                d_model=4096,
+                d_kv=64,
+                d_ff=10240,
+                num_layers=24,
+                num_heads=64,
+                feed_forward_proj="gated-gelu",
+                tie_word_embeddings=False,
+            )
+        )
+        clip = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072))
+    assert count(t5) == 4_762_310_656
+    assert count(clip) == 123_060_480
+    assert round(count(t5) * 2 / 2**20, 1) == 9083.4
+
+
+def test_the_keys_are_the_official_checkpoints():
+    """The naming published with the reference implementation."""
+    linear = ("weight", "bias")
+    expected = {f"{name}.{leaf}" for name in ("img_in", "txt_in", "final_layer.linear") for leaf in linear}
+    expected |= {f"final_layer.adaLN_modulation.1.{leaf}" for leaf in linear}
+    for name in ("time_in", "vector_in", "guidance_in"):
+        expected |= {f"{name}.{layer}.{leaf}" for layer in ("in_layer", "out_layer") for leaf in linear}
+    for n in range(19):
+        for stream in ("img", "txt"):
+            block = f"double_blocks.{n}.{stream}"
+            parts = ("mod.lin", "attn.qkv", "attn.proj", "mlp.0", "mlp.2")
+            expected |= {f"{block}_{part}.{leaf}" for part in parts for leaf in linear}
+            expected |= {f"{block}_attn.norm.{which}_norm.scale" for which in ("query", "key")}
+    for n in range(38):
+        block = f"single_blocks.{n}"
+        parts = ("linear1", "linear2", "modulation.lin")
+        expected |= {f"{block}.{part}.{leaf}" for part in parts for leaf in linear}
+        expected |= {f"{block}.norm.{which}_norm.scale" for which in ("query", "key")}
+    assert set(fl.build("flux-dev", device="meta").state_dict()) == expected
+
+
+def test_the_full_model_builds_on_meta_at_once_and_without_memory():
+    start = time.perf_counter()
+    model = fl.build("flux-dev", device="meta", dtype=torch.bfloat16)
+    assert time.perf_counter() - start < 2  # the promise of fl.build
+    assert all(p.is_meta and p.dtype is torch.bfloat16 for p in model.parameters())
+
+
+def test_the_files_of_the_model_stay_small_enough_to_study():
+    lines = sum(len(path.read_text().splitlines()) for path in Path(fl.__file__).parent.glob("model/*.py"))
+    assert lines <= 760

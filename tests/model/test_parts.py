@@ -1,0 +1,97 @@
+"""Embedding, rotation and what the forward refuses."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers.models.embeddings import FluxPosEmbed, apply_rotary_emb, get_timestep_embedding
+
+import fluxlab as fl
+from fluxlab.model.rope import EmbedND
+from tests.conftest import SMALL
+
+
+def test_the_timestep_embedding_has_the_published_values():
+    embedded = fl.timestep_embedding(torch.tensor([0.5]), 256)[0]
+    published = {0: -0.883849, 1: 0.945946, 127: 0.998557, 128: -0.467772, 129: 0.324325, 255: 0.053705}
+    for index, value in published.items():
+        assert embedded[index].item() == pytest.approx(value, abs=2e-5)  # float32 angles up to 500
+
+
+def test_the_timestep_embedding_equals_diffusers():
+    t = torch.linspace(0, 1, 33)
+    theirs = get_timestep_embedding(t * 1000, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
+    assert (fl.timestep_embedding(t, 256) - theirs).abs().max() <= 1e-6
+
+
+def test_the_timestep_embedding_keeps_a_bfloat16_time_exact():
+    t = torch.tensor([0.75], dtype=torch.bfloat16)
+    assert torch.equal(fl.timestep_embedding(t), fl.timestep_embedding(t.float()))
+
+
+def test_the_rotation_equals_diffusers():
+    axes, ids = (4, 12, 16), fl.image_ids(1, 160, 240)
+    table = EmbedND(10_000, axes)(ids)
+    q = torch.randn(1, 2, ids.shape[1], sum(axes), generator=torch.Generator().manual_seed(0))
+    ours, _ = fl.apply_rope(q, q, table)
+    theirs = apply_rotary_emb(q.transpose(1, 2), FluxPosEmbed(10_000, axes)(ids[0]), sequence_dim=1).transpose(1, 2)
+    assert (ours - theirs).abs().max() <= 1e-6
+
+
+def test_the_rotation_leaves_text_alone():
+    q = torch.randn(1, 2, 5, 32)
+    ours, _ = fl.apply_rope(q, q, EmbedND(10_000, (4, 12, 16))(fl.text_ids(1, 5)))
+    assert torch.equal(ours, q)
+
+
+def test_the_rotation_has_one_table_for_all_heads_in_float32():
+    table = EmbedND(10_000, (16, 56, 56))(torch.zeros(1, 4336, 3, device="meta"))
+    assert list(table.shape) == [1, 1, 4336, 64, 2, 2]
+    assert table.dtype is torch.float32
+
+
+def test_the_rotation_is_computed_once_a_forward(monkeypatch):
+    calls, forward = [], EmbedND.forward
+    monkeypatch.setattr(EmbedND, "forward", lambda self, ids: calls.append(ids) or forward(self, ids))
+    fl.Flux(SMALL)(**small_inputs())
+    assert len(calls) == 1
+
+
+def small_inputs(**changes):
+    inputs = {
+        "img": torch.randn(1, 4, SMALL.in_channels),
+        "img_ids": fl.image_ids(1, 32, 32),
+        "txt": torch.randn(1, 3, SMALL.context_in_dim),
+        "txt_ids": fl.text_ids(1, 3),
+        "timesteps": torch.ones(1),
+        "y": torch.randn(1, SMALL.vec_in_dim),
+        "guidance": torch.ones(1),
+    }
+    return inputs | changes
+
+
+def test_guidance_missing_where_it_is_needed_is_refused():
+    with pytest.raises(ValueError, match=r"guidance is None, but this model has a guidance embedder; give one"):
+        fl.Flux(SMALL)(**small_inputs(guidance=None))
+
+
+def test_guidance_given_where_it_has_no_use_is_refused():
+    model = fl.Flux(replace(SMALL, guidance_embed=False))
+    with pytest.raises(ValueError, match=r"no guidance embedder .* leave it out"):
+        model(**small_inputs())
+
+
+def test_guidance_changes_the_prediction():
+    model = fl.Flux(SMALL)
+    one, four = (model(**{**inputs, "guidance": torch.tensor([g])}) for inputs in [small_inputs()] for g in (1.0, 4.0))
+    assert not torch.equal(one, four)
+
+
+def test_build_makes_random_weights_of_the_asked_dtype_and_sizes():
+    model = fl.build("flux-tiny-dev", dtype=torch.bfloat16, depth=1, guidance_embed=False)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert len(model.double_blocks) == 1
+    assert model.guidance_in is None
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert torch.equal(model.single_blocks[0].norm.key_norm.scale.float(), torch.ones(32))
+    assert model.img_in.weight.std() > 0.01

@@ -1,0 +1,145 @@
+"""flux-tiny, from prompt to picture."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fluxlab as fl
+
+PROMPT = "a large blue square on a white background"
+FEW = {"num_steps": 3, "progress": False}
+
+
+def pixels(picture):
+    return np.asarray(picture).astype(int)
+
+
+def differ(a, b):
+    return abs(pixels(a) - pixels(b)).max() > 8
+
+
+def test_the_same_seed_gives_the_same_picture_and_another_another(tiny):
+    first, again, other = (tiny(PROMPT, seed=seed, **FEW) for seed in (1, 1, 2))
+    assert first.size == (128, 128)
+    assert np.array_equal(pixels(first), pixels(again))
+    assert differ(first, other)
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone(tiny):
+    prompts = [PROMPT, "a small red ring on a black background"]
+    together = tiny(prompts, seed=[3, 4], **FEW)
+    alone = [tiny(prompt, seed=seed, **FEW) for prompt, seed in zip(prompts, (3, 4), strict=True)]
+    assert all(abs(pixels(a) - pixels(b)).max() <= 1 for a, b in zip(together, alone, strict=True))
+
+
+def test_a_list_gives_a_list(tiny):
+    assert len(tiny([PROMPT], **FEW)) == 1
+    assert len(tiny(PROMPT, seed=[0, 1, 2], **FEW)) == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_steps": 4},
+        {"guidance": 1.0},
+        {"true_cfg": 3.0},
+        {"true_cfg": 3.0, "negative_prompt": "a red circle on a black background"},
+        {"seed": 5},
+        {"image": Image.new("RGB", (128, 128), "green")},
+        {"image": Image.new("RGB", (128, 128), "green"), "strength": 0.4},
+    ],
+)
+def test_each_option_changes_the_picture(tiny, changes):
+    base = {"seed": 0, "guidance": 4.0, **FEW}
+    if "negative_prompt" in changes:
+        base["true_cfg"] = 3.0
+    if "strength" in changes:
+        base["image"] = changes["image"]
+    assert differ(tiny(PROMPT, **base), tiny(PROMPT, **(base | changes)))
+
+
+def test_the_size_is_what_was_asked(tiny):
+    assert tiny(PROMPT, height=96, width=160, **FEW).size == (160, 96)
+    assert tiny(PROMPT, image=Image.new("RGB", (150, 90)), **FEW).size == (144, 80)
+
+
+def test_a_weak_strength_keeps_the_image_and_full_strength_forgets_it(tiny):
+    image = tiny(PROMPT, seed=0, progress=False)
+    other = Image.new("RGB", (128, 128), "black")
+    weak = tiny(PROMPT, seed=1, image=image, strength=0.1, num_steps=20, progress=False)
+    assert abs(pixels(weak) - pixels(image)).mean() < 12
+    full = [tiny(PROMPT, seed=1, image=start, strength=1.0, **FEW) for start in (image, other)]
+    assert np.array_equal(*map(pixels, full))
+
+
+@pytest.mark.parametrize(("strength", "forwards"), [(1.0, 10), (0.75, 8), (0.5, 5), (0.01, 1)])
+def test_image_to_image_takes_as_many_steps_as_diffusers(tiny, strength, forwards):
+    """diffusers keeps ``steps - int(max(steps - min(steps * strength, steps), 0))``."""
+    image = Image.new("RGB", (128, 128))
+    _, steps = tiny(PROMPT, image=image, strength=strength, num_steps=10, return_steps=True, progress=False)
+    assert len(steps) == forwards
+
+
+def test_the_steps_are_returned_and_called_back(tiny):
+    seen = []
+    picture, steps = tiny(PROMPT, callback=seen.append, return_steps=True, **FEW)
+    assert [step.index for step in seen] == [0, 1, 2]
+    assert seen == steps
+    assert (steps[0].t, steps[-1].t_next) == (1, 0)
+    assert torch.equal(steps[0].img_next, steps[1].img)
+    assert torch.equal(steps[-1].clean, steps[-1].img_next)
+    assert np.array_equal(pixels(tiny.decode(steps[-1].img_next, 128, 128)[0]), pixels(picture))
+
+
+def test_the_loop_equals_diffusers_euler_scheduler(tiny):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    inputs = tiny.prepare([PROMPT], [0], 128, 128)
+    times = fl.schedule(5, 64)
+    ours = fl.denoise(tiny.model, inputs, times, progress=False)
+    scheduler.set_timesteps(sigmas=times[:-1])
+    img = inputs.img
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            kwargs = inputs.kwargs() | {"img": img, "timesteps": t[None] / 1000}
+            img = scheduler.step(tiny.model(**kwargs), t, img, return_dict=False)[0]
+    assert (ours - img).abs().max() <= 1e-5
+
+
+def test_one_forward_a_step_and_two_with_true_cfg(tiny):
+    calls = []
+    hook = tiny.model.register_forward_hook(lambda *_: calls.append(1))
+    tiny(PROMPT, **FEW)
+    one, _ = len(calls), calls.clear()
+    tiny(PROMPT, true_cfg=3.0, **FEW)
+    hook.remove()
+    assert (one, len(calls)) == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"height": 100}, "height is 100; it must be a multiple of 16, .* try 96"),
+        ({"width": 0}, "width is 0; it must be a positive number"),
+        ({"num_steps": 0}, "num_steps is 0; it must be at least 1"),
+        ({"strength": 0.0}, "strength is 0.0; it must be above 0"),
+        ({"strength": 1.5}, "strength is 1.5; it must be above 0"),
+        ({"seed": []}, "seed is an empty list"),
+        ({"prompt": []}, "prompt is an empty list"),
+        ({"prompt": ["a", "b"], "seed": [1, 2, 3]}, "2 prompts and 3 seeds"),
+    ],
+)
+def test_what_cannot_be_painted_is_refused(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**({"prompt": PROMPT, "progress": False} | options))
+
+
+def test_the_picture_follows_the_prompt(tiny):
+    """Colour, place and background, at the variant's own settings."""
+    picture = pixels(tiny("a large red circle left of a large blue square on a white background", progress=False))
+    left, right, corner = picture[56:72, 28:42].mean((0, 1)), picture[56:72, 86:100].mean((0, 1)), picture[:6, :6]
+    assert left[0] > left[2] + 60
+    assert right[2] > right[0] + 60
+    assert corner.min() > 200

@@ -1,0 +1,46 @@
+"""Configs that do not fit together, and names that do not exist."""
+
+import pytest
+
+import fluxlab as fl
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"axes_dim": (15, 57, 56)}, "axes_dim is .* each axis must be a positive even"),
+        ({"axes_dim": (16, 56, 58)}, r"sums to 130; it must sum to .* = 128"),
+        ({"num_heads": 25}, "num_heads is 25, which does not divide hidden_size 3072"),
+        ({"hidden_size": 0}, "hidden_size is 0; it must be at least 1"),
+        ({"depth": -1}, "depth is -1; it must be at least 0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(fl.ConfigError, match=message):
+        fl.FluxConfig(**changes)
+
+
+def test_groups_that_do_not_divide_the_features_are_refused():
+    with pytest.raises(fl.ConfigError, match="norm_groups is 32, which does not divide the 48 features"):
+        fl.AutoEncoderConfig(ch=48)
+
+
+def test_an_unknown_variant_is_refused_with_the_nearest_names():
+    with pytest.raises(fl.ConfigError, match=r"unknown variant 'flux-dav'; did you mean flux-dev"):
+        fl.variant("flux-dav")
+
+
+def test_an_unknown_field_is_refused():
+    with pytest.raises(fl.ConfigError, match="layers is not a field of FluxConfig; the fields are in_channels"):
+        fl.build("flux-dev", device="meta", layers=3)
+
+
+def test_the_variants_differ_where_the_published_models_do():
+    """Model cards of FLUX.1 [dev], [schnell] and FLUX.1 Tools."""
+    channels = {name: v.transformer.in_channels for name, v in fl.VARIANTS.items()}
+    assert channels["flux-fill-dev"] == 384
+    assert channels["flux-canny-dev"] == channels["flux-depth-dev"] == 128
+    dev, schnell = fl.VARIANTS["flux-dev"], fl.VARIANTS["flux-schnell"]
+    assert (dev.t5_length, schnell.t5_length) == (512, 256)
+    assert (dev.time_shift, schnell.time_shift) == (True, False)
+    assert (dev.transformer.guidance_embed, schnell.transformer.guidance_embed) == (True, False)

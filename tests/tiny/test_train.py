@@ -1,0 +1,53 @@
+"""Every stage of the training, for two steps each."""
+
+import pytest
+import torch
+
+import fluxlab as fl
+from fluxlab.tiny import train as training
+from fluxlab.tiny.train import SMOKE, initialise, train, train_autoencoder
+from fluxlab.weights.files import open_tensors
+
+
+def test_all_stages_run_resume_and_write_what_the_library_loads(tmp_path, monkeypatch):
+    run, output = tmp_path / "run", tmp_path / "data/flux-tiny"
+    train(run, SMOKE, output)
+    written = (output / "flux-tiny-dev.safetensors").read_bytes()
+
+    monkeypatch.setenv("FLUXLAB_DATA", str(output.parent))
+    assert fl.load("flux-tiny-dev")("a ring", num_steps=1, progress=False).size == (128, 128)
+
+    train(run, SMOKE, output)  # every stage is finished: nothing changes
+    assert (output / "flux-tiny-dev.safetensors").read_bytes() == written
+
+
+def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    for run in (whole, halves):
+        run.mkdir()
+    at_once = train_autoencoder(whole, SMOKE)
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(*_):
+        raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_save_grid", stop)
+        with pytest.raises(StoppedError):
+            train_autoencoder(halves, SMOKE)
+    with open_tensors(halves / "autoencoder.state.safetensors") as file:
+        assert int(file.get_tensor("step")) == 1
+    in_halves = train_autoencoder(halves, SMOKE)
+    assert all(torch.equal(a, b) for a, b in zip(at_once.parameters(), in_halves.parameters(), strict=True))
+
+
+def test_a_new_model_predicts_zero_and_each_block_is_the_identity():
+    model = initialise(fl.build("flux-tiny-schnell"))
+    inputs = fl.example_inputs("flux-tiny-schnell")
+    with torch.no_grad():
+        assert not model(**inputs.kwargs()).any()
+        x, vec = torch.randn(1, 96, 128), torch.randn(1, 128)
+        pe = model.pe_embedder(torch.cat((inputs.txt_ids, inputs.img_ids), dim=1))
+        assert torch.equal(model.single_blocks[0](x, vec, pe), x)

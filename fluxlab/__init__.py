@@ -2,6 +2,7 @@
 
 from fluxlab.config import VARIANTS, AutoEncoderConfig, ConfigError, FluxConfig, Variant, variant
 from fluxlab.inspect.diagram import model_map
+from fluxlab.inspect.exercise import check
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.embeddings import timestep_embedding
 from fluxlab.model.rope import apply_rope, rope
@@ -30,6 +31,7 @@ __all__ = [
     "WeightsError",
     "apply_rope",
     "build",
+    "check",
     "denoise",
     "example_inputs",
     "image_ids",

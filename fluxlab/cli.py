@@ -79,6 +79,42 @@ def export(
 
 
 @app.command()
+def convert(
+    variant: Annotated[str, typer.Argument(help="Which model.")],
+    output: Annotated[Path, typer.Argument(help="The folder, or for one part the file or folder, to make.")],
+    source: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="A whole model's folder in the other layout; or one part, a transformer or an autoencoder: a file, or "
+            "a diffusers folder of shards. Not needed for flux-tiny, to diffusers."
+        ),
+    ] = None,
+    to: Annotated[str, typer.Option(help="The layout to write: diffusers or official.")] = "diffusers",
+    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16. [default: as it is]")] = None,  # noqa: UP045
+) -> None:
+    """Convert weights between the official layout and diffusers', and read them back to check."""
+    import torch
+
+    from fluxlab.weights.convert import convert as convert_model
+    from fluxlab.weights.convert import convert_part, part_of
+
+    dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+    try:
+        if to not in ("diffusers", "official"):
+            raise ValueError(f"to is {to!r}; choose diffusers or official")
+        if dtype is not None and dtype not in dtypes:
+            raise ValueError(f"dtype is {dtype!r}; choose {', '.join(dtypes)}")
+        chosen, kind = fl.variant(variant), dtypes.get(dtype or "")
+        if source is not None and (part := part_of(source)):
+            convert_part(source, output, getattr(chosen, part), to, kind)  # type: ignore[arg-type]
+        else:
+            convert_model(chosen, output, to, source, kind)  # type: ignore[arg-type]
+    except (ValueError, OSError) as error:
+        raise _fail(error) from error
+    typer.echo(f"{output}: written, read back, and equal")
+
+
+@app.command()
 def train_tiny(
     run: Annotated[Path, typer.Option(help="Where the training keeps its state; run again, it goes on from there.")],
     output: Annotated[Optional[Path], typer.Option(help="Where flux-tiny is written when done.")] = None,  # noqa: UP045

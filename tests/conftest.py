@@ -13,7 +13,7 @@ with install_import_hook("fluxlab", "tests.typechecker.check"):
     import fluxlab
     import fluxlab.cli
     import fluxlab.tiny.train
-    import fluxlab.weights.convert
+    import fluxlab.weights.layouts
 
 import pytest
 import torch
@@ -40,3 +40,13 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 @pytest.fixture(scope="session")
 def tiny():
     return fluxlab.load("flux-tiny-dev")
+
+
+@pytest.fixture
+def as_users_run_it():
+    """Without the runtime checker of shapes, which would speak first."""
+    from jaxtyping import config
+
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)

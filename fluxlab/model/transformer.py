@@ -62,9 +62,10 @@ class Flux(nn.Module):
             guidance: strength of the distilled guidance; for models that have its embedder, and for them alone.
 
         Raises:
-            ValueError: guidance is missing where the model needs it, or given where it has no use.
+            ValueError: a shape, dtype or device does not fit; guidance is missing where the model needs it, or
+                given where it has no use.
         """
-        self._check_guidance(guidance)
+        self._check(img=img, img_ids=img_ids, txt=txt, txt_ids=txt_ids, timesteps=timesteps, y=y, guidance=guidance)
 
         # 1. what the picture is to be, as one vector
         vec = self.time_in(timestep_embedding(timesteps).type_as(img))
@@ -89,17 +90,40 @@ class Flux(nn.Module):
         # 5. the text has done its work
         return self.final_layer(x[:, txt.shape[1] :], vec)
 
-    def _check_guidance(self, guidance: Tensor | None) -> None:
-        if self.config.guidance_embed and guidance is None:
+    def _check(self, **given: Tensor | None) -> None:
+        """What does not fit is named before any work is done; shapes and dtypes alone are read, no values."""
+        c, weight = self.config, self.img_in.weight
+        if c.guidance_embed and given["guidance"] is None:
             raise ValueError(
                 "guidance is None, but this model has a guidance embedder; give one strength for each item of the "
                 "batch, such as torch.full((batch,), 3.5)"
             )
-        if not self.config.guidance_embed and guidance is not None:
+        if not c.guidance_embed and given["guidance"] is not None:
             raise ValueError(
                 "guidance was given, but this model has no guidance embedder (guidance_embed=False, as in schnell) "
                 "and would ignore it; leave it out"
             )
+        tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+        batch, axes = tensors["img"].shape[0], len(c.axes_dim)
+        image, text = (tensors[name].shape[1] if tensors[name].ndim == 3 else 0 for name in ("img", "txt"))
+        shapes = {
+            "img": (batch, image, c.in_channels),
+            "img_ids": (batch, image, axes),
+            "txt": (batch, text, c.context_in_dim),
+            "txt_ids": (batch, text, axes),
+            "timesteps": (batch,),
+            "y": (batch, c.vec_in_dim),
+            "guidance": (batch,),
+        }
+        for name, tensor in tensors.items():
+            if tensor.shape != shapes[name]:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}; this model, with this img, takes {shapes[name]}"
+                )
+            if tensor.device != weight.device:
+                raise ValueError(f"{name} is on {tensor.device} and the weights on {weight.device}; move one of them")
+            if name in ("img", "txt", "y") and tensor.dtype != weight.dtype:
+                raise ValueError(f"{name} is {tensor.dtype} and the weights are {weight.dtype}; cast one of them")
 
 
 def build(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **overrides: Any) -> Flux:

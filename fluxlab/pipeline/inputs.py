@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fluxlab.config import variant
 from fluxlab.pipeline.latents import grid, image_ids, text_ids
-from fluxlab.weights.files import read_tensors, write_tensors
+from fluxlab.weights.files import WeightsError, describe_difference, read_tensors, write_tensors
 
 
 @dataclass
@@ -42,8 +42,11 @@ class FluxInputs:
         Raises:
             WeightsError: the file is not readable as safetensors, or its names are not a forward's inputs.
         """
-        names = [field.name for field in fields(cls)]
-        return cls(**read_tensors(path, required=names[:-1], optional=names[-1:]))
+        tensors = read_tensors(path)
+        wanted = {field.name for field in fields(cls)} - ({"guidance"} - set(tensors))
+        if problems := describe_difference(wanted, tensors):
+            raise WeightsError(f"{path}: not a forward's inputs: {problems}")
+        return cls(**tensors)
 
     def __repr__(self) -> str:
         rows = [f"  {name:<9} {list(t.shape)!s:<18} {t.dtype}, {t.device}" for name, t in self.kwargs().items()]

@@ -56,9 +56,13 @@ def denoise(
         callback: called after every step.
         progress: whether to draw a bar.
 
+    Raises:
+        ValueError: ``inputs.img``, or what the model predicts, is not finite.
+
     Source: "Flow Straight and Fast", Liu et al. 2022; "Classifier-Free Diffusion Guidance", Ho and Salimans 2022.
     """
     dtype = inputs.img.dtype
+    _check_finite(inputs.img, "inputs.img")
     img = inputs.img.to(torch.promote_types(dtype, torch.float32))  # the sum of many small steps is kept exact
     steps = list(pairwise(times))
     for index, (t, t_next) in enumerate(tqdm(steps, desc="sampling", unit="step", disable=not progress)):
@@ -71,4 +75,14 @@ def denoise(
         if callback is not None:
             callback(Step(index, t, t_next, img, velocity, img_next))
         img = img_next
+    _check_finite(img, "what the model predicted")
     return img
+
+
+def _check_finite(tokens: Tensor, name: str) -> None:
+    if tokens.device.type != "meta" and not tokens.isfinite().all():
+        bad = int((~tokens.isfinite()).sum())
+        raise ValueError(
+            f"{name} has {bad} of {tokens.numel()} values that are not finite; look at where they come from, and use "
+            f"bfloat16 or float32 where it is float16, whose range FLUX exceeds"
+        )

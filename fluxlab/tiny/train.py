@@ -41,7 +41,7 @@ from fluxlab.pipeline.schedule import schedule
 from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.tokenizers import train_tokenizers
 from fluxlab.tiny.world import PICTURE_SIZES, random_picture
-from fluxlab.weights.files import open_tensors, write_tensors
+from fluxlab.weights.files import Checkpoint, read_tensors, write_tensors
 
 DEV, SCHNELL = VARIANTS["flux-tiny-dev"], VARIANTS["flux-tiny-schnell"]
 
@@ -177,14 +177,14 @@ def _save(
 
 
 def _restore(path: Path, parameters: list[Tensor], average: list[Tensor], optimizer: torch.optim.Optimizer) -> int:
-    with open_tensors(path) as file, torch.no_grad():
+    saved = Checkpoint(path)
+    with torch.no_grad():
         for i, p in enumerate(parameters):
-            p.copy_(file.get_tensor(f"{i}.value"))
-            average[i].copy_(file.get_tensor(f"{i}.average"))
-            state = {key: file.get_tensor(f"{i}.{key}") for key in ("exp_avg", "exp_avg_sq")}
-            state = {key: torch.empty_like(p).copy_(value) for key, value in state.items()}  # in the weight's layout
-            optimizer.state[p] = state | {"step": file.get_tensor(f"{i}.step")}
-        return int(file.get_tensor("step"))
+            p.copy_(saved[f"{i}.value"])
+            average[i].copy_(saved[f"{i}.average"])
+            state = {key: torch.empty_like(p).copy_(saved[f"{i}.{key}"]) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = state | {"step": saved[f"{i}.step"]}  # in the weight's memory layout, as it was
+    return int(saved["step"])
 
 
 def _compiled(recipe: Recipe, module: Any) -> Any:
@@ -301,8 +301,7 @@ def _to_float(pixels: Tensor) -> Tensor:
 def _cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     if not path.exists():
         write_tensors(make(), path)
-    with open_tensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file handle, not a dict)
+    return read_tensors(path)
 
 
 def _save_grid(path: Path, pixels: Tensor, columns: int) -> None:
@@ -316,10 +315,7 @@ class Pictures:
     def __init__(self, run: Path, recipe: Recipe) -> None:
         self.recipe = recipe
         self.sizes = list(PICTURE_SIZES)
-        self.sets = []
-        for height, width in self.sizes:
-            with open_tensors(run / f"latents-{height}x{width}.safetensors") as file:
-                self.sets.append({name: file.get_tensor(name) for name in ("latents", "t5_ids", "clip_ids")})
+        self.sets = [read_tensors(run / f"latents-{height}x{width}.safetensors") for height, width in self.sizes]
         usual = self.sizes.index((DEV.size, DEV.size))
         share = (1 - recipe.usual_share) / (len(self.sizes) - 1)
         self.shares = torch.tensor([recipe.usual_share if i == usual else share for i in range(len(self.sizes))])

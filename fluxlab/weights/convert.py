@@ -1,139 +1,237 @@
-"""The two layouts of FLUX's weights, official and diffusers', and the way between them. Opened in chapter 15.
-
-diffusers splits what the official layout fuses (qkv; a single block's linear1), swaps the two halves of the last
-layer's modulation, and keeps the VAE's attention as Linears where the official one has 1x1 convolutions.
-"""
+"""Whole files from the official layout to diffusers' and back, one tensor at a time. Opened in chapter 15."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fluxlab.config import AutoEncoderConfig, FluxConfig
+from fluxlab.config import AutoEncoderConfig, Variant
+from fluxlab.weights.files import Checkpoint, Entry, WeightsError, replacing, stream_tensors, write_text
+from fluxlab.weights.find import find_files
+from fluxlab.weights.layouts import Config, rules
+from fluxlab.weights.load import check_shapes, diffusers_shapes, official_shapes
 
-Config = FluxConfig | AutoEncoderConfig
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One official tensor and what diffusers makes of it."""
-
-    official: str
-    diffusers: tuple[str, ...]
-    rows: tuple[int, ...] = ()  # how many rows each diffusers tensor takes; empty where there is one
-    swapped: bool = False  # whether the two halves change places
-    squeezed: bool = False  # whether a 1x1 convolution becomes a Linear
-
-    def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Official to diffusers."""
-        if self.swapped:
-            tensor = torch.cat(tensor.chunk(2)[::-1])
-        if self.squeezed and tensor.ndim == 4:
-            tensor = tensor.flatten(1)
-        parts = tensor.split(self.rows) if self.rows else (tensor,)
-        return dict(zip(self.diffusers, parts, strict=True))
-
-    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Diffusers to official."""
-        tensor = torch.cat([tensors[name] for name in self.diffusers]) if self.rows else tensors[self.diffusers[0]]
-        if self.swapped:
-            tensor = torch.cat(tensor.chunk(2)[::-1])
-        if self.squeezed and tensor.ndim == 2:
-            tensor = tensor[:, :, None, None]
-        return tensor
+Layout = Literal["official", "diffusers"]
+_SHARD = "diffusion_pytorch_model.safetensors"
 
 
-def rules(config: Config) -> Iterator[Rule]:
-    """One rule for each tensor of the official checkpoint."""
-    return _flux_rules(config) if isinstance(config, FluxConfig) else _autoencoder_rules(config)
+def convert_part(
+    source: str | Path, output: str | Path, config: Config, to: Layout, dtype: torch.dtype | None = None
+) -> None:
+    """Convert one part, a transformer or an autoencoder, and read it back to see that it is what it should be.
+
+    Args:
+        source: a file, or a folder of shards.
+        output: an official file, or a diffusers folder (``config.json`` and the weights). It is written whole or not
+            at all, and what stands there already is left alone.
+        config: of the part.
+        to: the layout to write; the source must be in the other.
+        dtype: to cast to; by default each tensor keeps its own.
+
+    Raises:
+        WeightsError: the source is not this part in the other layout, or the output exists.
+    """
+    output = Path(output)
+    _check_free(output)
+    checkpoint = Checkpoint(source)
+    check_shapes(checkpoint, diffusers_shapes(config) if to == "official" else official_shapes(config))
+    with replacing(output) as temporary:
+        if to == "diffusers":
+            temporary.mkdir()
+            write_text(json.dumps(diffusers_config(config), indent=2) + "\n", temporary / "config.json")
+        file = temporary / _SHARD if to == "diffusers" else temporary
+        shapes = diffusers_shapes(config) if to == "diffusers" else official_shapes(config)
+        kept = {name: entry.dtype for name, entry in _source_entries(checkpoint, config, to)}
+        stream_tensors(
+            {name: Entry(shapes[name], dtype or kept[name]) for name in kept},
+            _converted(checkpoint, config, to, dtype),
+            file,
+        )
+        written = Checkpoint(file)
+        for name, tensor in _converted(checkpoint, config, to, dtype):
+            if not torch.equal(written[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)):
+                raise WeightsError(f"{output}: {name} was not written as it is; is the disk sound?")
 
 
-def to_diffusers(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Official tensors under diffusers' names; the values are the same, bit by bit."""
-    return {name: part for rule in rules(config) for name, part in rule.split(tensors[rule.official]).items()}
+def convert(
+    variant: Variant,
+    output: str | Path,
+    to: Layout,
+    source: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Convert a whole model: transformer, autoencoder, text encoders, tokenizers and scheduler.
+
+    The text encoders and tokenizers are the same in both layouts.
+
+    Args:
+        variant: which model.
+        output: the folder to make: a diffusers pipeline, or a folder laid out as the official repository is.
+        to: the layout to write.
+        source: a folder in the other layout; nothing for the variants carried in data/, to diffusers.
+        dtype: to cast all weights to; by default each tensor keeps its own.
+
+    Raises:
+        WeightsError: a part is missing or not this variant's, or the output exists.
+    """
+    output = Path(output)
+    _check_free(output)
+    if to == "diffusers":
+        files = find_files(variant, source)
+        parts: dict[str, Path] = vars(files)
+    else:
+        if source is None:
+            raise WeightsError("source is missing; give the diffusers folder to convert")
+        names = ("transformer", "vae", "text_encoder_2", "tokenizer_2", "text_encoder", "tokenizer")
+        kinds = ("transformer", "autoencoder", "t5", "t5_tokenizer", "clip", "clip_tokenizer")
+        parts = {kind: Path(source) / name for kind, name in zip(kinds, names, strict=True)}
+        if missing := [str(path) for path in parts.values() if not path.is_dir()]:
+            raise WeightsError(f"not found: {', '.join(missing)}; source must be a whole diffusers pipeline")
+    with replacing(output) as temporary:
+        temporary.mkdir()
+        places = {"diffusers": ("transformer", "vae"), "official": (variant.transformer_file, variant.autoencoder_file)}
+        for kind, config, place in (
+            ("transformer", variant.transformer, places[to][0]),
+            ("autoencoder", variant.autoencoder, places[to][1]),
+        ):
+            convert_part(parts[kind], temporary / Path(place).name, config, to, dtype)
+        for kind, place in (("t5", "text_encoder_2"), ("clip", "text_encoder")):
+            _copy_encoder(parts[kind], temporary / place, dtype)
+        for kind, place in (("t5_tokenizer", "tokenizer_2"), ("clip_tokenizer", "tokenizer")):
+            _copy_tokenizer(parts[kind], temporary / place)
+        if to == "diffusers":
+            (temporary / "scheduler").mkdir()
+            text = json.dumps(scheduler_config(variant), indent=2) + "\n"
+            write_text(text, temporary / "scheduler/scheduler_config.json")
+            write_text(json.dumps(_PIPELINE, indent=2) + "\n", temporary / "model_index.json")
 
 
-def from_diffusers(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """The way back."""
-    return {rule.official: rule.join(tensors) for rule in rules(config)}
+def part_of(source: str | Path) -> Literal["transformer", "autoencoder"] | None:
+    """Which part a file or a folder of shards holds; None for a folder that holds a whole model, or nothing."""
+    source = Path(source)
+    if source.is_dir() and (len(list(source.glob("*.safetensors"))) != 1) and not list(source.glob("*.index.json")):
+        return None
+    return "autoencoder" if "encoder.conv_in.weight" in Checkpoint(source).entries else "transformer"
 
 
-def _linear(official: str, *names: str, rows: tuple[int, ...] = (), bias: bool = True, **kind: bool) -> Iterator[Rule]:
-    for leaf in ("weight", "bias") if bias else ("weight",):
-        yield Rule(f"{official}.{leaf}", tuple(f"{name}.{leaf}" for name in names), rows, **kind)
+def _check_free(output: Path) -> None:
+    if output.exists():
+        raise WeightsError(f"{output}: exists already; remove it, or name another output")
+    if not output.parent.is_dir():
+        raise WeightsError(f"{output}: there is no folder {output.parent}; make it first")
 
 
-def _flux_rules(c: FluxConfig) -> Iterator[Rule]:
-    yield from _linear("img_in", "x_embedder")
-    yield from _linear("txt_in", "context_embedder")
-    embedders = {"time_in": "timestep_embedder", "vector_in": "text_embedder"}
-    if c.guidance_embed:
-        embedders["guidance_in"] = "guidance_embedder"
-    for ours, theirs in embedders.items():
-        yield from _linear(f"{ours}.in_layer", f"time_text_embed.{theirs}.linear_1")
-        yield from _linear(f"{ours}.out_layer", f"time_text_embed.{theirs}.linear_2")
-
-    qkv = (c.hidden_size,) * 3
-    streams = (  # stream; qkv; projection; norms; modulation; MLP
-        ("img", ("to_q", "to_k", "to_v"), "to_out.0", "norm", "norm1", "ff"),
-        ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "norm_added", "norm1_context", "ff_context"),
-    )
-    for n in range(c.depth):
-        a, b = f"double_blocks.{n}", f"transformer_blocks.{n}"
-        for stream, projections, out, norm, modulation, mlp in streams:
-            yield from _linear(f"{a}.{stream}_mod.lin", f"{b}.{modulation}.linear")
-            names = (f"{b}.attn.{name}" for name in projections)
-            yield from _linear(f"{a}.{stream}_attn.qkv", *names, rows=qkv, bias=c.qkv_bias)
-            yield Rule(f"{a}.{stream}_attn.norm.query_norm.scale", (f"{b}.attn.{norm}_q.weight",))
-            yield Rule(f"{a}.{stream}_attn.norm.key_norm.scale", (f"{b}.attn.{norm}_k.weight",))
-            yield from _linear(f"{a}.{stream}_attn.proj", f"{b}.attn.{out}")
-            yield from _linear(f"{a}.{stream}_mlp.0", f"{b}.{mlp}.net.0.proj")
-            yield from _linear(f"{a}.{stream}_mlp.2", f"{b}.{mlp}.net.2")
-    for n in range(c.depth_single_blocks):
-        a, b = f"single_blocks.{n}", f"single_transformer_blocks.{n}"
-        yield from _linear(f"{a}.modulation.lin", f"{b}.norm.linear")
-        names = (f"{b}.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
-        yield from _linear(f"{a}.linear1", *names, rows=(*qkv, c.mlp_hidden_dim))
-        yield Rule(f"{a}.norm.query_norm.scale", (f"{b}.attn.norm_q.weight",))
-        yield Rule(f"{a}.norm.key_norm.scale", (f"{b}.attn.norm_k.weight",))
-        yield from _linear(f"{a}.linear2", f"{b}.proj_out")
-
-    yield from _linear("final_layer.linear", "proj_out")
-    yield from _linear("final_layer.adaLN_modulation.1", "norm_out.linear", swapped=True)
+def _source_entries(checkpoint: Checkpoint, config: Config, to: Layout) -> Iterator[tuple[str, Entry]]:
+    """Each output tensor's name, and the entry of the source tensor that it comes from."""
+    for rule in rules(config):
+        if to == "diffusers":
+            yield from ((name, checkpoint.entries[rule.official]) for name in rule.diffusers)
+        else:
+            yield rule.official, checkpoint.entries[rule.diffusers[0]]
 
 
-def _autoencoder_rules(c: AutoEncoderConfig) -> Iterator[Rule]:
-    levels = len(c.ch_mult)
-    widths = [c.ch * mult for mult in c.ch_mult]
+def _converted(
+    checkpoint: Checkpoint, config: Config, to: Layout, dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    for rule in rules(config):
+        if to == "diffusers":
+            parts = rule.split(checkpoint[rule.official])
+        else:
+            parts = {rule.official: rule.join({name: checkpoint[name] for name in rule.diffusers})}
+        for name, tensor in parts.items():
+            yield name, tensor.to(dtype or tensor.dtype).contiguous()
 
-    def resnet(ours: str, theirs: str, changes_width: bool) -> Iterator[Rule]:
-        for name in ("norm1", "conv1", "norm2", "conv2"):
-            yield from _linear(f"{ours}.{name}", f"{theirs}.{name}")
-        if changes_width:
-            yield from _linear(f"{ours}.nin_shortcut", f"{theirs}.conv_shortcut")
 
-    for half in ("encoder", "decoder"):
-        for ours, theirs in (("conv_in", "conv_in"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out")):
-            yield from _linear(f"{half}.{ours}", f"{half}.{theirs}")
-        yield from resnet(f"{half}.mid.block_1", f"{half}.mid_block.resnets.0", False)
-        yield from resnet(f"{half}.mid.block_2", f"{half}.mid_block.resnets.1", False)
-        attention = f"{half}.mid_block.attentions.0"
-        yield from _linear(f"{half}.mid.attn_1.norm", f"{attention}.group_norm")
-        for ours, theirs in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
-            yield from _linear(f"{half}.mid.attn_1.{ours}", f"{attention}.{theirs}", squeezed=True)
-    for i in range(levels):
-        before = c.ch if i == 0 else widths[i - 1]
-        for j in range(c.num_res_blocks):
-            changes = j == 0 and before != widths[i]
-            yield from resnet(f"encoder.down.{i}.block.{j}", f"encoder.down_blocks.{i}.resnets.{j}", changes)
-        if i < levels - 1:
-            yield from _linear(f"encoder.down.{i}.downsample.conv", f"encoder.down_blocks.{i}.downsamplers.0.conv")
-        above, there = widths[min(i + 1, levels - 1)], f"decoder.up_blocks.{levels - 1 - i}"  # counted from below
-        for j in range(c.num_res_blocks + 1):
-            changes = j == 0 and above != widths[i]
-            yield from resnet(f"decoder.up.{i}.block.{j}", f"{there}.resnets.{j}", changes)
-        if i > 0:
-            yield from _linear(f"decoder.up.{i}.upsample.conv", f"{there}.upsamplers.0.conv")
+def _copy_encoder(source: Path, output: Path, dtype: torch.dtype | None) -> None:
+    """A text encoder's weights and config, from a folder that may hold its tokenizer too."""
+    output.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    if dtype is not None:
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    write_text(json.dumps(config, indent=2) + "\n", output / "config.json")
+    for file in source.glob("*.safetensors*"):
+        if file.suffix == ".json" or dtype is None:
+            shutil.copyfile(file, output / file.name)
+        else:
+            shard = Checkpoint(file)
+            cast = ((name, shard[name].to(dtype)) for name in shard.entries)
+            stream_tensors({n: Entry(e.shape, dtype) for n, e in shard.entries.items()}, cast, output / file.name)
+
+
+def _copy_tokenizer(source: Path, output: Path) -> None:
+    """A tokenizer's files, from a folder that may hold its encoder too."""
+    output.mkdir()
+    for file in source.iterdir():
+        if file.is_file() and file.name != "config.json" and ".safetensors" not in file.name:
+            shutil.copyfile(file, output / file.name)
+
+
+def diffusers_config(config: Config) -> dict[str, Any]:
+    """What diffusers' ``config.json`` says of a transformer or an autoencoder."""
+    if isinstance(config, AutoEncoderConfig):
+        levels = len(config.ch_mult)
+        return {
+            "_class_name": "AutoencoderKL",
+            "act_fn": "silu",
+            "block_out_channels": [config.ch * mult for mult in config.ch_mult],
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "force_upcast": True,
+            "in_channels": config.in_channels,
+            "latent_channels": config.z_channels,
+            "layers_per_block": config.num_res_blocks,
+            "mid_block_add_attention": True,
+            "norm_num_groups": config.norm_groups,
+            "out_channels": config.out_ch,
+            "sample_size": config.resolution,
+            "scaling_factor": config.scale_factor,
+            "shift_factor": config.shift_factor,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "use_post_quant_conv": False,
+            "use_quant_conv": False,
+        }
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        "attention_head_dim": config.head_dim,
+        "axes_dims_rope": list(config.axes_dim),
+        "guidance_embeds": config.guidance_embed,
+        "in_channels": config.in_channels,
+        "joint_attention_dim": config.context_in_dim,
+        "num_attention_heads": config.num_heads,
+        "num_layers": config.depth,
+        "num_single_layers": config.depth_single_blocks,
+        "out_channels": config.out_channels,
+        "patch_size": 1,
+        "pooled_projection_dim": config.vec_in_dim,
+    }
+
+
+def scheduler_config(variant: Variant) -> dict[str, Any]:
+    """What diffusers' scheduler is told: whether the schedule bends, and how."""
+    return {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "base_image_seq_len": 256,
+        "base_shift": 0.5,
+        "max_image_seq_len": 4096,
+        "max_shift": 1.15,
+        "num_train_timesteps": 1000,
+        "shift": 1.0 if not variant.time_shift else 3.0,
+        "use_dynamic_shifting": variant.time_shift,
+    }
+
+
+_PIPELINE = {
+    "_class_name": "FluxPipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5Tokenizer"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}

@@ -1,93 +1,165 @@
-"""Safetensors files: read, checked, and written whole or not at all. Pickles are never read. Opened in chapter 15."""
+"""Safetensors files: read tensor by tensor, and written whole or not at all. Pickles are never read. Chapter 15."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import os
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+DTYPES = {  # safetensors' names
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 
 class WeightsError(ValueError):
     """A file that cannot be read, or that does not hold what it should."""
 
 
-def open_tensors(path: str | Path, device: str = "cpu") -> safe_open:
-    """Open a safetensors file; its tensors are read when they are asked for.
+class Entry(NamedTuple):
+    """What a file's header says of a tensor."""
 
-    Raises:
-        WeightsError: there is no such file, it cannot be read, or it is not whole safetensors.
-    """
-    path = Path(path)
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Checkpoint:
+    """The tensors of a safetensors file, or of a folder of shards, by name; each is read when it is asked for."""
+
+    def __init__(self, path: str | Path) -> None:
+        """
+        Raises:
+            WeightsError: no such path, or a file of it is not whole safetensors.
+        """
+        self.path = Path(path)
+        self._where: dict[str, safe_open] = {}
+        self.entries: dict[str, Entry] = {}
+        for file in map(_open, _shards(self.path)):
+            for name in file.keys():  # noqa: SIM118 (a file handle, not a dict)
+                part = file.get_slice(name)
+                self._where[name] = file
+                self.entries[name] = Entry(tuple(part.get_shape()), DTYPES.get(part.get_dtype(), torch.uint8))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._where[name].get_tensor(name)
+
+
+def _shards(path: Path) -> list[Path]:
+    """The files a path stands for: itself, or in a folder those of the index, or the only one."""
+    if not path.is_dir():
+        return [path]
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    if len(indices) == 1:
+        try:
+            return sorted({path / file for file in json.loads(indices[0].read_text())["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError) as error:
+            raise WeightsError(f"{indices[0]}: not an index of shards ({error!r})") from error
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise WeightsError(f"{path}: this folder has {len(files)} safetensors files and no index; name one file")
+    return files
+
+
+def _open(path: Path) -> safe_open:
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
     if path.suffix in {".pt", ".pth", ".ckpt", ".bin", ".pkl"}:
         raise WeightsError(f"{path}: this looks like a pickle, which can run code and is never read; give safetensors")
     try:
-        return safe_open(path, framework="pt", device=device)
+        return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a whole safetensors file ({error}); fetch or write it again") from error
 
 
-def read_tensors(path: str | Path, required: Collection[str], optional: Collection[str] = ()) -> dict[str, Tensor]:
-    """All tensors of a file, whose names must be the required ones and may be the optional ones.
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a file.
 
     Raises:
-        WeightsError: a name is missing or unknown, or the file cannot be read.
+        WeightsError: the file cannot be read.
     """
-    with open_tensors(path) as file:
-        names = set(file.keys())
-        if problems := describe_difference(set(required), names, set(optional)):
-            raise WeightsError(f"{path}: {problems}")
-        return {name: file.get_tensor(name) for name in sorted(names)}
+    checkpoint = Checkpoint(path)
+    return {name: checkpoint[name] for name in checkpoint.entries}
 
 
-def describe_difference(
-    required: Collection[str], found: Collection[str], optional: Collection[str] = (), most: int = 8
-) -> str:
-    """What is missing and what is unexpected, in words; empty where nothing is."""
-    missing = sorted(set(required) - set(found))
-    unexpected = sorted(set(found) - set(required) - set(optional))
-    parts = []
-    for what, names in (("missing", missing), ("unexpected", unexpected)):
-        if names:
-            more = f" and {len(names) - most} more" if len(names) > most else ""
-            parts.append(f"{len(names)} {what}: {', '.join(names[:most])}{more}")
-    return "; ".join(parts)
+def describe_difference(wanted: Collection[str], found: Collection[str], most: int = 8) -> str:
+    """Which names are missing and which unexpected, in words; empty where none is."""
+    differences = (("missing", set(wanted) - set(found)), ("unexpected", set(found) - set(wanted)))
+    return "; ".join(f"{len(names)} {what}: {listed(sorted(names), most)}" for what, names in differences if names)
+
+
+def listed(words: list[str], most: int = 8) -> str:
+    """The first few of a list, and how many more there are."""
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside the real one: it takes the real one's place if all goes well, and is gone if not."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise WeightsError(f"{path}: there is no folder {path.parent}; make it first")
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        os.replace(temporary, path)
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file: first beside its place, then moved there, so that no half file is ever found."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    try:
+    """Write tensors that are in memory as a safetensors file, whole or not at all."""
+    with replacing(path) as temporary:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, temporary, dict(metadata) if metadata else None)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
-def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same tensors in another dtype."""
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+def stream_tensors(entries: Mapping[str, Entry], tensors: Iterable[tuple[str, Tensor]], path: str | Path) -> None:
+    """Write a safetensors file one tensor at a time, so that the memory it takes is that of one tensor.
+
+    Args:
+        entries: every tensor's shape and dtype, in the order of the file.
+        tensors: name and value, in the same order.
+        path: of the file, which is written whole or not at all.
+
+    Raises:
+        WeightsError: what comes is not what ``entries`` says.
+
+    Source: the safetensors format: eight bytes of length, a header in JSON, the values one after the other.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, (shape, dtype) in entries.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}  # type: ignore[dict-item]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, entry), (given, tensor) in zip(entries.items(), tensors, strict=True):
+            if (given, tuple(tensor.shape), tensor.dtype) != (name, *entry):
+                raise WeightsError(f"{given} is {tuple(tensor.shape)} {tensor.dtype}, where {name} {entry} was to come")
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_text(text: str, path: str | Path) -> None:
     """Write a text file whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

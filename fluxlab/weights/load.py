@@ -1,25 +1,28 @@
-"""Official single-file checkpoints into a model: every name and shape checked first, memory spent once."""
+"""Official checkpoints into a model: every name and shape checked first, memory spent once. Opened in chapter 15."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from fluxlab.weights.files import WeightsError, describe_difference, open_tensors
+from fluxlab.config import VARIANTS, FluxConfig
+from fluxlab.model.autoencoder import AutoEncoder
+from fluxlab.model.transformer import Flux
+from fluxlab.weights.files import Checkpoint, WeightsError, describe_difference, listed
+from fluxlab.weights.layouts import Config, to_diffusers
 
 Module = TypeVar("Module", bound=nn.Module)
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def load_weights(
-    module: Module,
-    path: str | Path,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    module: Module, path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Module:
-    """Give a module, best made on the meta device, the weights of a safetensors file.
+    """Give a module, best made on the meta device, the weights of a safetensors file or of a folder of shards.
 
     Names and shapes are compared before anything is read. Each tensor is then read, moved and cast by itself and put
     in place of the module's own, so that the peak memory is the weights once. The module is left in eval mode, and
@@ -27,25 +30,63 @@ def load_weights(
 
     Args:
         module: its ``state_dict`` says which names and shapes the file must have.
-        path: of the file.
+        path: of the file or folder.
         device: where the weights go.
         dtype: what they are cast to; by default, what the file holds.
 
     Raises:
-        WeightsError: the file is not whole safetensors, or its names or shapes differ; nothing is loaded then.
+        WeightsError: the file is not whole safetensors, or its names, shapes or dtypes differ; nothing is loaded then.
     """
-    wanted = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
-    with open_tensors(path) as file:
-        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (a handle, not a dict)
-        problems = [describe_difference(wanted, found)]
-        misshaped = [name for name in wanted if name in found and found[name] != wanted[name]]
-        if misshaped:
-            shown = ", ".join(f"{name} is {found[name]}, not {wanted[name]}" for name in misshaped[:8])
-            problems.append(f"{len(misshaped)} misshaped: {shown}{' and more' if len(misshaped) > 8 else ''}")
-        if any(problems):
-            raise WeightsError(f"{path}: not a checkpoint of this model: {'; '.join(filter(None, problems))}")
-        for name in wanted:
-            owner, _, leaf = name.rpartition(".")
-            tensor = file.get_tensor(name).to(device=device, dtype=dtype)
-            setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+    checkpoint = Checkpoint(path)
+    check_shapes(checkpoint, {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
+    for name in module.state_dict():
+        owner, _, leaf = name.rpartition(".")
+        tensor = checkpoint[name].to(device=device, dtype=dtype)
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
     return module.eval()
+
+
+def check_shapes(checkpoint: Checkpoint, wanted: Shapes) -> None:
+    """
+    Raises:
+        WeightsError: a name, a shape or a dtype is not as wanted; the message lists what differs, and says what the
+            checkpoint looks like.
+    """
+    entries = checkpoint.entries
+    problems = [describe_difference(wanted, entries)]
+    if wrong := [name for name in wanted if name in entries and entries[name].shape != wanted[name]]:
+        said = [f"{name} is {list(entries[name].shape)}, not {list(wanted[name])}" for name in wrong]
+        problems.append(f"{len(wrong)} misshaped: {listed(said)}")
+    if whole := [name for name, entry in entries.items() if name in wanted and not entry.dtype.is_floating_point]:
+        said = [f"{name} holds {entries[name].dtype}" for name in whole]
+        problems.append(f"{len(whole)} not of a floating dtype: {listed(said)}")
+    if problems := [problem for problem in problems if problem]:
+        looks = looks_like({name: entry.shape for name, entry in entries.items()})
+        hint = f". It looks like {looks}" if looks else ""
+        raise WeightsError(f"{checkpoint.path}: not what was expected: {'; '.join(problems)}{hint}")
+
+
+def official_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the official checkpoint."""
+    return {name: tuple(tensor.shape) for name, tensor in _on_meta(config).items()}
+
+
+def diffusers_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in diffusers' layout."""
+    return {name: tuple(tensor.shape) for name, tensor in to_diffusers(_on_meta(config), config).items()}
+
+
+def _on_meta(config: Config) -> dict[str, torch.Tensor]:
+    with torch.device("meta"):
+        return (Flux(config) if isinstance(config, FluxConfig) else AutoEncoder(config)).state_dict()
+
+
+def looks_like(found: Shapes) -> str:
+    """Which part of which variants, in which layout, has exactly these tensors; empty where none has."""
+    for layout, shapes in (("official", official_shapes), ("diffusers", diffusers_shapes)):
+        for part in ("transformer", "autoencoder"):
+            names = [name for name, variant in VARIANTS.items() if shapes(getattr(variant, part)) == dict(found)]
+            if names:
+                way = "; `fluxlab convert` brings it to the other" if layout == "diffusers" else ""
+                return f"the {part} of {' or '.join(names)} in the {layout} layout{way}"
+    return ""

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.latents import image_ids, text_ids
-from fluxlab.weights.convert import from_diffusers, to_diffusers
+from fluxlab.weights.layouts import from_diffusers, to_diffusers
 from tests.conftest import SMALL, SMALL_AUTOENCODER, randomise
 
 KINDS = {

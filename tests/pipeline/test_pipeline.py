@@ -143,3 +143,33 @@ def test_the_picture_follows_the_prompt(tiny):
     assert left[0] > left[2] + 60
     assert right[2] > right[0] + 60
     assert corner.min() > 200
+
+
+def test_noise_that_is_not_finite_is_refused(tiny):
+    inputs = tiny.prepare([PROMPT], [0], 128, 128)
+    inputs.img[0, 3, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"inputs.img has 1 of 4096 values that are not finite"):
+        fl.denoise(tiny.model, inputs, [1.0, 0.0], progress=False)
+
+
+def test_a_prediction_that_is_not_finite_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(type(tiny.model), "forward", lambda *_, img, **__: img / 0)
+    with pytest.raises(ValueError, match=r"what the model predicted has .* not finite; .* use bfloat16 or float32"):
+        tiny(PROMPT, progress=False)
+
+
+def test_guidance_for_a_model_without_its_embedder_is_refused(tiny):
+    from dataclasses import replace
+
+    schnell = replace(tiny, model=fl.build("flux-tiny-schnell"), variant=fl.VARIANTS["flux-tiny-schnell"])
+    with pytest.raises(ValueError, match=r"guidance is 4.0, but flux-tiny-schnell has no guidance embedder"):
+        schnell(PROMPT, guidance=4.0)
+    assert schnell(PROMPT, num_steps=1, progress=False).size == (128, 128)
+
+
+def test_a_model_that_is_shown_a_second_picture_says_so(tiny):
+    from dataclasses import replace
+
+    fill = replace(tiny, model=fl.build("flux-tiny-dev", in_channels=384))
+    with pytest.raises(ValueError, match=r"shown a second picture beside the noise \(in_channels 384, out_channels 64"):
+        fill(PROMPT)

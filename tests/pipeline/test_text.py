@@ -58,6 +58,7 @@ def test_every_word_of_the_picture_world_is_one_token(tiny):
     assert len(tiny.text.t5_tokenizer(prompt).input_ids) == len(prompt.split()) + 1
 
 
+@pytest.mark.filterwarnings("ignore:.*CLIP tokens")
 def test_a_prompt_too_long_is_cut_with_a_warning_that_says_what(tiny):
     prompt = "red " * 31 + "navy ring"
     with pytest.warns(UserWarning, match=r"33 T5 tokens|34 T5 tokens") as caught:

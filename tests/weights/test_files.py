@@ -182,3 +182,48 @@ def test_saving_beside_other_code_is_plain_safetensors(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "theirs.safetensors")
     write_tensors({"a": torch.ones(2)}, tmp_path / "ours.safetensors")
     assert (tmp_path / "theirs.safetensors").read_bytes() == (tmp_path / "ours.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool])
+def test_weights_that_are_not_floating_are_refused(checkpoint, dtype):
+    model, path = checkpoint
+    write_tensors(model.state_dict() | {"img_in.weight": torch.zeros(64, 64, dtype=dtype)}, path)
+    with pytest.raises(fl.WeightsError, match=f"1 not of a floating dtype: img_in.weight holds {dtype}"):
+        fl.load_weights(on_meta(), path)
+
+
+def test_eight_bit_floats_are_read(checkpoint):
+    model, path = checkpoint
+    write_tensors({name: t.to(torch.float8_e4m3fn) for name, t in model.state_dict().items()}, path)
+    loaded = fl.load_weights(on_meta(), path, dtype=torch.bfloat16)
+    expected = model.img_in.weight.to(torch.float8_e4m3fn).bfloat16()
+    assert torch.equal(loaded.img_in.weight, expected)
+
+
+def test_a_path_that_cannot_be_read_is_refused(tmp_path):
+    folder = tmp_path / "model.safetensors"
+    folder.mkdir()
+    with pytest.raises(fl.WeightsError, match="this folder has 0 safetensors files and no index; name one file"):
+        fl.load_weights(on_meta(), folder)
+
+
+def test_a_file_without_permission_is_refused(checkpoint, monkeypatch):
+    _, path = checkpoint
+
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("fluxlab.weights.files.safe_open", forbidden)
+    with pytest.raises(fl.WeightsError, match="Permission denied"):
+        fl.load_weights(on_meta(), path)
+
+
+def test_an_index_of_shards_that_is_broken_is_refused(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weights": 3}')
+    with pytest.raises(fl.WeightsError, match="not an index of shards"):
+        fl.load_weights(on_meta(), tmp_path)
+
+
+def test_writing_into_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(fl.WeightsError, match=r"there is no folder .*nowhere; make it first"):
+        write_tensors({"a": torch.zeros(1)}, tmp_path / "nowhere/file.safetensors")

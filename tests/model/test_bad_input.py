@@ -1,0 +1,50 @@
+"""What a forward refuses, before any work, and how it says so."""
+
+import pytest
+import torch
+
+import fluxlab as fl
+from tests.conftest import SMALL
+from tests.model.test_parts import small_inputs
+
+CASES = {
+    "a wrong channel count": ({"img": torch.zeros(1, 4, 60)}, r"img has shape \(1, 4, 60\); .* takes \(1, 4, 64\)"),
+    "a missing token axis": ({"img": torch.zeros(1, 64)}, r"img has shape \(1, 64\)"),
+    "ids with a wrong last axis": ({"img_ids": torch.zeros(1, 4, 2)}, r"img_ids has shape \(1, 4, 2\).*\(1, 4, 3\)"),
+    "ids of a wrong length": ({"img_ids": torch.zeros(1, 5, 3)}, r"img_ids has shape \(1, 5, 3\).*\(1, 4, 3\)"),
+    "text ids of a wrong length": ({"txt_ids": torch.zeros(1, 2, 3)}, r"txt_ids has shape \(1, 2, 3\)"),
+    "ids without a batch axis": ({"img_ids": torch.zeros(4, 3)}, r"img_ids has shape \(4, 3\)"),
+    "text of another width": ({"txt": torch.zeros(1, 3, 41)}, r"txt has shape \(1, 3, 41\).*\(1, 3, 40\)"),
+    "a pooled vector of another width": ({"y": torch.zeros(1, 25)}, r"y has shape \(1, 25\).*\(1, 24\)"),
+    "another batch": ({"y": torch.zeros(2, 24)}, r"y has shape \(2, 24\).*\(1, 24\)"),
+    "a time that is a number": ({"timesteps": torch.tensor(0.5)}, r"timesteps has shape \(\).*\(1,\)"),
+    "mixed dtypes": ({"txt": torch.zeros(1, 3, 40).half()}, r"txt is torch.float16 and the weights are torch.float32"),
+    "mixed devices": ({"y": torch.zeros(1, 24, device="meta")}, r"y is on meta and the weights on cpu; move one"),
+    "missing guidance": ({"guidance": None}, r"guidance is None, but this model has a guidance embedder; give one"),
+}
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("case", CASES)
+def test_the_forward_refuses(case):
+    changes, message = CASES[case]
+    with pytest.raises(ValueError, match=message):
+        fl.Flux(SMALL)(**small_inputs(**changes))
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_integer_ids_are_welcome():
+    model, inputs = fl.Flux(SMALL), small_inputs()
+    whole = inputs | {"img_ids": inputs["img_ids"].long(), "txt_ids": inputs["txt_ids"].long()}
+    assert torch.equal(model(**inputs), model(**whole))
+
+
+@pytest.mark.parametrize("dim", [0, 7, -2])
+def test_an_odd_rotation_is_refused(dim):
+    with pytest.raises(ValueError, match=f"dim is {dim}; RoPE turns features in pairs"):
+        fl.rope(torch.zeros(1, 4), dim, 10_000)
+
+
+def test_an_odd_embedding_is_refused():
+    with pytest.raises(ValueError, match="dim is 255; it must be a positive even number"):
+        fl.timestep_embedding(torch.zeros(1), 255)

@@ -1,0 +1,235 @@
+"""Whole files and whole models, official to diffusers and back."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
+from typer.testing import CliRunner
+
+import fluxlab as fl
+from fluxlab.cli import app
+from fluxlab.weights.convert import convert, convert_part
+from fluxlab.weights.files import Checkpoint, write_tensors
+from tests.conftest import SMALL, SMALL_AUTOENCODER, randomise
+
+TINY = fl.VARIANTS["flux-tiny-dev"]
+PROMPT = "a small red circle left of a large blue square on a white background"
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("convert") / "diffusers"
+    result = CliRunner().invoke(app, ["convert", "flux-tiny-dev", str(folder), "--dtype", "float32"])
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def parts():
+    return {
+        "transformer": (SMALL, fl.Flux(SMALL), FluxTransformer2DModel),
+        "autoencoder": (SMALL_AUTOENCODER, fl.AutoEncoder(SMALL_AUTOENCODER), AutoencoderKL),
+    }
+
+
+@pytest.mark.parametrize("part", ["transformer", "autoencoder"])
+def test_a_part_goes_there_and_back_bit_by_bit(part, tmp_path):
+    config, module, theirs = parts()[part]
+    official = randomise(module).state_dict()
+    write_tensors(official, tmp_path / "official.safetensors")
+    convert_part(tmp_path / "official.safetensors", tmp_path / "diffusers", config, "diffusers")
+    assert theirs.from_pretrained(tmp_path / "diffusers") is not None
+    convert_part(tmp_path / "diffusers", tmp_path / "again.safetensors", config, "official")
+    again = Checkpoint(tmp_path / "again.safetensors")
+    assert again.entries.keys() == official.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in official.items())
+
+
+def test_shards_written_by_diffusers_are_read(tmp_path):
+    config, module, _ = parts()["transformer"]
+    write_tensors(randomise(module).state_dict(), tmp_path / "official.safetensors")
+    convert_part(tmp_path / "official.safetensors", tmp_path / "whole", config, "diffusers")
+    FluxTransformer2DModel.from_pretrained(tmp_path / "whole").save_pretrained(
+        tmp_path / "shards", max_shard_size="200KB"
+    )
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    convert_part(tmp_path / "shards", tmp_path / "again.safetensors", config, "official")
+    assert (tmp_path / "again.safetensors").stat().st_size > 0
+    again = Checkpoint(tmp_path / "again.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_the_dtype_is_cast_on_the_way(tmp_path):
+    config, module, _ = parts()["transformer"]
+    write_tensors(randomise(module).state_dict(), tmp_path / "official.safetensors")
+    convert_part(tmp_path / "official.safetensors", tmp_path / "half", config, "diffusers", torch.bfloat16)
+    half = Checkpoint(tmp_path / "half")
+    assert {entry.dtype for entry in half.entries.values()} == {torch.bfloat16}
+    assert torch.equal(half["x_embedder.weight"], module.state_dict()["img_in.weight"].bfloat16())
+
+
+def test_the_last_layers_shift_and_scale_change_places(tmp_path):
+    config, module, _ = parts()["transformer"]
+    write_tensors(randomise(module).state_dict(), tmp_path / "official.safetensors")
+    convert_part(tmp_path / "official.safetensors", tmp_path / "diffusers", config, "diffusers")
+    shift, scale = module.final_layer.adaLN_modulation[1].weight.chunk(2)
+    assert torch.equal(Checkpoint(tmp_path / "diffusers")["norm_out.linear.weight"], torch.cat((scale, shift)))
+
+
+def test_diffusers_paints_the_same_picture(pipeline_folder, tiny):
+    theirs = FluxPipeline.from_pretrained(pipeline_folder)
+    theirs.set_progress_bar_config(disable=True)
+    picture = theirs(
+        PROMPT,
+        height=128,
+        width=128,
+        num_inference_steps=8,
+        guidance_scale=4.0,
+        max_sequence_length=32,
+        generator=torch.Generator().manual_seed(3),
+    ).images[0]
+    ours = tiny(PROMPT, seed=3, num_steps=8, guidance=4.0, progress=False)
+    assert np.asarray(ours).std() > 20  # a picture
+    assert abs(np.asarray(ours).astype(int) - np.asarray(picture)).max() <= 1
+
+
+def test_diffusers_paints_the_same_picture_with_true_cfg(pipeline_folder, tiny):
+    theirs = FluxPipeline.from_pretrained(pipeline_folder)
+    theirs.set_progress_bar_config(disable=True)
+    picture = theirs(
+        PROMPT,
+        negative_prompt="a black background",
+        true_cfg_scale=2.5,
+        height=96,
+        width=160,
+        num_inference_steps=6,
+        guidance_scale=1.0,
+        max_sequence_length=32,
+        generator=torch.Generator().manual_seed(3),
+    ).images[0]
+    options = {"negative_prompt": "a black background", "true_cfg": 2.5, "height": 96, "width": 160, "guidance": 1.0}
+    ours = tiny(PROMPT, seed=3, num_steps=6, progress=False, **options)
+    assert abs(np.asarray(ours).astype(int) - np.asarray(picture)).max() <= 1
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
+def test_diffusers_paints_the_same_picture_from_a_picture(pipeline_folder, tiny, monkeypatch, strength):
+    """diffusers samples the posterior here; it is patched to the mode, which is what the reference takes."""
+    import diffusers.pipelines.flux.pipeline_flux_img2img as module
+
+    monkeypatch.setattr(module, "retrieve_latents", lambda output, *_, **__: output.latent_dist.mode())
+    theirs = FluxImg2ImgPipeline.from_pretrained(pipeline_folder)
+    theirs.set_progress_bar_config(disable=True)
+    start = tiny("a large yellow ring on a black background", seed=0, progress=False)
+    picture = theirs(
+        PROMPT,
+        image=start,
+        strength=strength,
+        height=128,
+        width=128,
+        num_inference_steps=8,
+        guidance_scale=4.0,
+        max_sequence_length=32,
+        generator=torch.Generator().manual_seed(3),
+    ).images[0]
+    ours = tiny(PROMPT, image=start, strength=strength, seed=3, num_steps=8, guidance=4.0, progress=False)
+    assert abs(np.asarray(ours).astype(int) - np.asarray(picture)).max() <= 1
+
+
+def test_a_whole_model_comes_back_from_diffusers(pipeline_folder, tmp_path, tiny):
+    convert(TINY, tmp_path / "official", "official", pipeline_folder)
+    again = fl.load("flux-tiny-dev", tmp_path / "official")
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), tiny.model.parameters(), strict=True))
+    options = {"num_steps": 2, "progress": False}
+    assert again(PROMPT, **options).tobytes() == tiny(PROMPT, **options).tobytes()
+
+
+def test_the_scheduler_config_is_the_published_one(pipeline_folder):
+    """FLUX.1 [dev]'s scheduler_config.json."""
+    config = json.loads((pipeline_folder / "scheduler/scheduler_config.json").read_text())
+    published = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+    assert published.items() <= config.items()
+    assert config["use_dynamic_shifting"] is True
+
+
+def test_a_file_of_another_variant_is_told_which_it_looks_like(tmp_path, monkeypatch):
+    schnell = replace(SMALL, guidance_embed=False)
+    monkeypatch.setitem(fl.VARIANTS, "flux-dev", replace(TINY, name="flux-dev", transformer=SMALL))
+    write_tensors(fl.Flux(SMALL).state_dict(), tmp_path / "dev.safetensors")
+    message = r"unexpected: guidance_in.* It looks like the transformer of flux-dev in the official layout"
+    with pytest.raises(fl.WeightsError, match=message):
+        convert_part(tmp_path / "dev.safetensors", tmp_path / "out", schnell, "diffusers")
+    assert [path.name for path in tmp_path.iterdir()] == ["dev.safetensors"]
+
+    convert_part(tmp_path / "dev.safetensors", tmp_path / "diffusers", SMALL, "diffusers")
+    with pytest.raises(
+        fl.WeightsError, match="looks like the transformer of flux-dev in the diffusers layout; `fluxlab"
+    ):
+        fl.load_weights(fl.Flux(SMALL), tmp_path / "diffusers")
+
+
+def test_a_conversion_that_stops_leaves_nothing(tmp_path, monkeypatch):
+    config, module, _ = parts()["transformer"]
+    write_tensors(module.state_dict(), tmp_path / "official.safetensors")
+    monkeypatch.setattr(torch, "equal", lambda *_: False)
+    with pytest.raises(fl.WeightsError, match="was not written as it is"):
+        convert_part(tmp_path / "official.safetensors", tmp_path / "out", config, "diffusers")
+    assert [path.name for path in tmp_path.iterdir()] == ["official.safetensors"]
+
+
+def test_what_stands_there_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("mine")
+    with pytest.raises(fl.WeightsError, match="exists already"):
+        convert(TINY, tmp_path / "out", "diffusers")
+    assert (tmp_path / "out/mine.txt").read_text() == "mine"
+
+
+def test_converting_takes_the_memory_of_a_few_tensors(tmp_path):
+    """Anonymous memory (RssAnon), sampled while a file of 24 times its largest tensor is converted."""
+    import subprocess
+    import sys
+
+    config = replace(SMALL, hidden_size=512, num_heads=4, axes_dim=(16, 56, 56), depth=6, depth_single_blocks=12)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in fl.Flux(config).state_dict().items()}
+    write_tensors({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "large.safetensors")
+    code = f"""
+import threading, time, pathlib, fluxlab as fl
+from fluxlab.weights.convert import convert_part
+def anonymous():
+    line = next(l for l in pathlib.Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+config = fl.{config!r}
+before = peak = anonymous()
+done = False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous()); time.sleep(0.002)
+thread = threading.Thread(target=watch); thread.start()
+convert_part({str(tmp_path / "large.safetensors")!r}, {str(tmp_path / "out")!r}, config, "diffusers")
+done = True; thread.join(); print(peak - before)
+"""
+    grown = int(subprocess.check_output([sys.executable, "-c", code], text=True))
+    assert grown < (tmp_path / "large.safetensors").stat().st_size / 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["flux-tiny", "out"], "unknown variant 'flux-tiny'; did you mean"),
+        (["flux-dev", "out"], "weights of flux-dev are not carried in data/"),
+        (["flux-tiny-dev", "no/such/out"], "there is no folder"),
+        (["flux-tiny-dev", "out", "--to", "official"], "source is missing"),
+        (["flux-tiny-dev", "out", "--dtype", "int4"], "dtype is 'int4'; choose"),
+    ],
+)
+def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["convert", *arguments])
+    assert result.exit_code == 2
+    assert message in result.output
+    assert list(tmp_path.iterdir()) == []

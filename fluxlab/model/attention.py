@@ -40,8 +40,7 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.scale)
 
     def forward(self, x: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape dim"]:
-        wide = x if x.dtype == torch.float64 else x.float()
-        return F.rms_norm(wide, self.scale.shape, eps=1e-6).type_as(x) * self.scale
+        return F.rms_norm(x, self.scale.shape, self.scale, eps=1e-6)
 
 
 class QKNorm(nn.Module):

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fluxlab.model.attention import QKNorm, SelfAttention, attention
-from fluxlab.model.modulation import Modulation, modulate
+from fluxlab.model.modulation import Modulation, add_gated, modulate
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:
@@ -67,10 +67,12 @@ class DoubleStreamBlock(nn.Module):
         txt_attn, img_attn = joint[:, : txt.shape[1]], joint[:, txt.shape[1] :]
 
         # apart again
-        img = img + img_mod1.gate * self.img_attn.proj(img_attn)
-        img = img + img_mod2.gate * self.img_mlp(modulate(self.img_norm2(img), img_mod2.shift, img_mod2.scale))
-        txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_attn)
-        txt = txt + txt_mod2.gate * self.txt_mlp(modulate(self.txt_norm2(txt), txt_mod2.shift, txt_mod2.scale))
+        img = add_gated(img, img_mod1.gate, self.img_attn.proj(img_attn))
+        img_mlp = self.img_mlp(modulate(self.img_norm2(img), img_mod2.shift, img_mod2.scale))
+        img = add_gated(img, img_mod2.gate, img_mlp)
+        txt = add_gated(txt, txt_mod1.gate, self.txt_attn.proj(txt_attn))
+        txt_mlp = self.txt_mlp(modulate(self.txt_norm2(txt), txt_mod2.shift, txt_mod2.scale))
+        txt = add_gated(txt, txt_mod2.gate, txt_mlp)
         return img, txt
 
 
@@ -102,7 +104,7 @@ class SingleStreamBlock(nn.Module):
         q, k, v = rearrange(qkv, "b l (k h d) -> k b h l d", k=3, h=self.num_heads)
         q, k = self.norm(q, k)
         joined = torch.cat((attention(q, k, v, pe), self.mlp_act(hidden)), dim=-1)  # B L C+M
-        return x + mod.gate * self.linear2(joined)
+        return add_gated(x, mod.gate, self.linear2(joined))
 
 
 class LastLayer(nn.Module):

@@ -42,5 +42,17 @@ def modulate(
     shift: Float[Tensor, "batch 1 channels"],
     scale: Float[Tensor, "batch 1 channels"],
 ) -> Float[Tensor, "batch tokens channels"]:
-    """``x * (1 + scale) + shift``: at zero it changes nothing. (A gate is not offset: at zero it closes.)"""
+    """``x * (1 + scale) + shift``: at zero it changes nothing."""
     return torch.addcmul(shift, x, 1 + scale)
+
+
+def add_gated(
+    x: Float[Tensor, "batch tokens channels"],
+    gate: Float[Tensor, "batch 1 channels"],
+    update: Float[Tensor, "batch tokens channels"],
+) -> Float[Tensor, "batch tokens channels"]:
+    """``x + gate * update``: the residual stream takes in what a sub-layer made, as far as the gate is open.
+
+    A gate is taken as it is, without the 1 that is added to a scale: at zero it is shut.
+    """
+    return torch.addcmul(x, gate, update)

@@ -55,14 +55,15 @@ def apply_rope(
     k: Float[Tensor, "batch heads tokens dim"],
     rotation: Float[Tensor, "#batch 1 tokens pairs 2 2"],
 ) -> tuple[Float[Tensor, "batch heads tokens dim"], Float[Tensor, "batch heads tokens dim"]]:
-    """Turn queries and keys, in the rotation's float32 at least; the dtype that came in goes out.
+    """Turn queries and keys, in float32 at least; the dtype that came in goes out.
 
-    ``(x0, x1) -> (x0 cos - x1 sin, x0 sin + x1 cos)`` for each pair of neighbouring features.
+    ``(x0, x1) -> (x0 cos - x1 sin, x0 sin + x1 cos)`` for each pair of neighbouring features. A pair is a complex
+    number and a turn the product with ``cos + i sin``, the first column of its matrix: one pass over the memory.
     """
-    return _rotate(q, rotation), _rotate(k, rotation)
+    turn = torch.view_as_complex(rotation[..., 0].contiguous())  # B 1 L D/2
+    return _turned(q, turn), _turned(k, turn)
 
 
-def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    pairs = x.unflatten(-1, (-1, 2))  # B H L D/2 2
-    turned = torch.addcmul(rotation[..., 0] * pairs[..., :1], rotation[..., 1], pairs[..., 1:])
-    return turned.flatten(-2).type_as(x)
+def _turned(x: Tensor, turn: Tensor) -> Tensor:
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))  # B H L D/2 2
+    return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).type_as(x)

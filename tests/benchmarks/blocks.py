@@ -1,0 +1,165 @@
+"""`make bench`: one double and one single block at full width, beside diffusers' on the same weights, and the floor.
+
+The floor is what no arrangement of this model can do without on this machine: its matrix products (with their
+biases) and its attention, alone. The three run in turn, so that a machine that slows down slows all of them. Times
+are medians; figures that matter are ratios of one run. Run it on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers.models.transformers.transformer_flux import (
+    FluxPosEmbed,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from torch.nn import functional as F
+
+import fluxlab as fl
+from fluxlab.model.blocks import DoubleStreamBlock, SingleStreamBlock
+from fluxlab.model.rope import EmbedND
+from fluxlab.weights.layouts import to_diffusers
+
+CONFIG = fl.FluxConfig(depth=1, depth_single_blocks=1)
+SIZES = ((1024, 512), (256, 256))
+Run = Callable[[], object]
+
+
+def prefixed(tensors, prefix):
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def blocks(dtype):
+    """Ours and theirs, with the same random weights."""
+    torch.manual_seed(0)
+    c = CONFIG
+    double = DoubleStreamBlock(c.hidden_size, c.num_heads, c.mlp_hidden_dim)
+    single = SingleStreamBlock(c.hidden_size, c.num_heads, c.mlp_hidden_dim)
+    official = {f"double_blocks.0.{n}": t for n, t in double.state_dict().items()}
+    official |= {f"single_blocks.0.{n}": t for n, t in single.state_dict().items()}
+    with torch.device("meta"):
+        rest = {n: t for n, t in fl.Flux(c).state_dict().items() if n not in official}
+    theirs = to_diffusers(official | rest, c)
+    double_theirs = FluxTransformerBlock(c.hidden_size, c.num_heads, c.head_dim)
+    single_theirs = FluxSingleTransformerBlock(c.hidden_size, c.num_heads, c.head_dim)
+    double_theirs.load_state_dict(prefixed(theirs, "transformer_blocks.0."))
+    single_theirs.load_state_dict(prefixed(theirs, "single_transformer_blocks.0."))
+    return [block.to(dtype).eval() for block in (double, double_theirs, single, single_theirs)]
+
+
+def runs(dtype, image, text) -> dict[str, dict[str, Run]]:
+    """For each kind of block: ours, diffusers', and the floor."""
+    double, double_theirs, single, single_theirs = blocks(dtype)
+    c = CONFIG
+    side = int(image**0.5)
+    img, txt = torch.randn(1, image, c.hidden_size, dtype=dtype), torch.randn(1, text, c.hidden_size, dtype=dtype)
+    vec = torch.randn(1, c.hidden_size, dtype=dtype)
+    ids = torch.cat((fl.text_ids(1, text), fl.image_ids(1, 16 * side, 16 * side)), dim=1)
+    pe, rotary = EmbedND(c.theta, c.axes_dim)(ids), FluxPosEmbed(c.theta, list(c.axes_dim))(ids[0])
+    both = torch.cat((txt, img), dim=1)
+    q, k, v = torch.randn(3, 1, c.num_heads, image + text, c.head_dim, dtype=dtype).unbind(0)
+
+    def products(block: torch.nn.Module, tokens: Callable[[str], int]) -> Run:
+        """Every Linear of a block on as many rows as it sees."""
+        linears = [(n, m) for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)]
+        inputs = [torch.randn(tokens(n), m.in_features, dtype=dtype) for n, m in linears]
+
+        def run() -> None:
+            for (_, linear), x in zip(linears, inputs, strict=True):
+                F.linear(x, linear.weight, linear.bias)
+            F.scaled_dot_product_attention(q, k, v)
+
+        return run
+
+    return {
+        "double": {
+            "ours": lambda: double(img, txt, vec, pe),
+            "diffusers": lambda: double_theirs(img, txt, vec, rotary)[::-1],
+            "floor": products(double, lambda n: 1 if "mod" in n else image if n.startswith("img") else text),
+        },
+        "single": {
+            "ours": lambda: single(both, vec, pe),
+            "diffusers": lambda: torch.cat(single_theirs(img, txt, vec, rotary), dim=1),
+            "floor": products(single, lambda n: 1 if "mod" in n else image + text),
+        },
+    }
+
+
+def peak_memory(run: Run) -> float | None:
+    """MiB that one run adds to the resident memory at its peak; None where the system does not tell."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear.exists():
+        return None
+
+    def read(key: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
+
+    gc.collect()
+    clear.write_text("5")
+    before = read("VmRSS")
+    run()
+    return (read("VmHWM") - before) / 1024
+
+
+def measure(kinds: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run, taken in turn after one warm-up."""
+    for run in kinds.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(rounds):
+        for name, run in kinds.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15, help="timed runs of each")
+    rounds = parser.parse_args().rounds
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(
+        "\n                          median ms (spread of the middle half)            outside the floor     peak MiB\n"
+        "block   dtype     tokens  ours            diffusers       floor            ours  theirs  ratio   ours  theirs"
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        for image, text in SIZES:
+            for block, kinds in runs(dtype, image, text).items():
+                report(block, dtype, image, text, kinds, rounds)
+
+
+def report(block, dtype, image, text, kinds, rounds) -> None:
+    ours, theirs = kinds["ours"](), kinds["diffusers"]()
+    pairs = zip(*((out if isinstance(out, tuple) else (out,)) for out in (ours, theirs)), strict=True)
+    error = max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+    assert error < (1e-5 if dtype is torch.float32 else 2e-2), f"the two differ by {error:.1e}: nothing to compare"
+    del ours, theirs, pairs
+    memory = {name: peak_memory(kinds[name]) for name in ("ours", "diffusers")}
+    times = measure(kinds, rounds)
+    median = {name: statistics.median(values) * 1e3 for name, values in times.items()}
+    shown = []
+    for name, values in times.items():
+        low, _, high = statistics.quantiles(values, n=4)
+        shown.append(f"{median[name]:7.1f} (±{(high - low) * 500:4.1f})")
+    outside = {name: median[name] - median["floor"] for name in ("ours", "diffusers")}
+    shares = [f"{100 * outside[name] / median[name]:4.1f} %" for name in ("ours", "diffusers")]
+    peaks = [f"{m:6.0f}" if m is not None else "     ?" for m in memory.values()]
+    print(
+        f"{block:7} {str(dtype)[6:]:9} {image}+{text:<4} {'  '.join(shown)}  {'  '.join(shares)}  "
+        f"{outside['ours'] / outside['diffusers']:5.2f}  {'  '.join(peaks)}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

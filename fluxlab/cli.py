@@ -32,8 +32,11 @@ def generate(
     width: Annotated[Optional[int], typer.Option(help="In pixels, a multiple of 16.")] = None,  # noqa: UP045
     height: Annotated[Optional[int], typer.Option(help="In pixels, a multiple of 16.")] = None,  # noqa: UP045
     image: Annotated[Optional[Path], typer.Option(help="A picture to start from.")] = None,  # noqa: UP045
-    strength: Annotated[float, typer.Option(help="How much of --image becomes noise, above 0, at most 1.")] = 0.7,
-    negative_prompt: Annotated[str, typer.Option(help="What --true-cfg leads away from.")] = "",
+    strength: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="How much of --image becomes noise, above 0, at most 1. [default: 0.7]"),
+    ] = None,
+    negative_prompt: Annotated[Optional[str], typer.Option(help="What --true-cfg leads away from.")] = None,  # noqa: UP045
     true_cfg: Annotated[float, typer.Option(help="Above 1: guidance by a second forward a step.")] = 1.0,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
 ) -> None:
@@ -83,7 +86,7 @@ def convert(
     variant: Annotated[str, typer.Argument(help="Which model.")],
     output: Annotated[Path, typer.Argument(help="The folder, or for one part the file or folder, to make.")],
     source: Annotated[
-        Optional[Path],  # noqa: UP045
+        Optional[str],  # noqa: UP045
         typer.Option(
             help="A whole model's folder in the other layout; or one part, a transformer or an autoencoder: a file, or "
             "a diffusers folder of shards. Not needed for flux-tiny, to diffusers."
@@ -97,6 +100,7 @@ def convert(
 
     from fluxlab.weights.convert import convert as convert_model
     from fluxlab.weights.convert import convert_part, part_of
+    from fluxlab.weights.load import autoencoder_config
 
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     try:
@@ -105,8 +109,9 @@ def convert(
         if dtype is not None and dtype not in dtypes:
             raise ValueError(f"dtype is {dtype!r}; choose {', '.join(dtypes)}")
         chosen, kind = fl.variant(variant), dtypes.get(dtype or "")
-        if source is not None and (part := part_of(source)):
-            convert_part(source, output, getattr(chosen, part), to, kind)  # type: ignore[arg-type]
+        if source is not None and Path(source).exists() and (part := part_of(source)):
+            config = chosen.transformer if part == "transformer" else autoencoder_config(chosen, source)
+            convert_part(source, output, config, to, kind)  # type: ignore[arg-type]
         else:
             convert_model(chosen, output, to, source, kind)  # type: ignore[arg-type]
     except (ValueError, OSError) as error:

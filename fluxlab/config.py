@@ -41,6 +41,9 @@ class FluxConfig:
         for name in ("depth", "depth_single_blocks"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        for name in ("mlp_ratio", "theta"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"num_heads is {self.num_heads}, which does not divide hidden_size {self.hidden_size}; "
@@ -85,17 +88,17 @@ class AutoEncoderConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
-        for mult in self.ch_mult:
+        if not self.ch_mult:
+            raise ConfigError("ch_mult is empty; it must name the features of at least one resolution")
+        for name in ("in_channels", "ch", "out_ch", "num_res_blocks", "z_channels", "norm_groups"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for mult in (1, *self.ch_mult):
             if self.ch * mult % self.norm_groups:
                 raise ConfigError(
                     f"norm_groups is {self.norm_groups}, which does not divide the {self.ch * mult} features of one "
-                    f"resolution (ch {self.ch} x ch_mult {mult})"
+                    f"resolution (ch {self.ch} x {mult})"
                 )
-
-    @property
-    def compression(self) -> int:
-        """Pixels along one side of one latent cell: 8."""
-        return int(2 ** (len(self.ch_mult) - 1))
 
 
 @dataclass(frozen=True)
@@ -105,17 +108,24 @@ class Variant:
     name: str
     transformer: FluxConfig
     autoencoder: AutoEncoderConfig
-    t5: str  # where the T5 encoder and its tokenizer are: a hub name, or a folder below data/
+    t5: str  # the T5 encoder and its tokenizer: a folder below data/, or the hub name of the encoder by itself
     clip: str  # the same for CLIP's text model
     t5_length: int  # text tokens the prompt is padded to
     clip_length: int  # tokens CLIP reads
     num_steps: int  # the usual number of steps
-    guidance: float  # the usual guidance; without meaning where guidance_embed is False
+    guidance: float | None  # the usual guidance; None where there is no guidance embedder
     time_shift: bool  # whether the schedule bends with the number of image tokens
     repo: str | None  # the hub repository of the official files; None where data/ carries them
     transformer_file: str  # the single-file checkpoint of the transformer
     autoencoder_file: str  # the same for the VAE
     size: int = 1024  # the usual side of a picture, in pixels
+
+    def __post_init__(self) -> None:
+        if len(self.autoencoder.ch_mult) != 4:
+            raise ConfigError(
+                f"ch_mult is {self.autoencoder.ch_mult}; a variant's VAE has 4 resolutions, since FLUX's tokens and "
+                f"sizes are those of a latent 8 times smaller than the picture"
+            )
 
     @property
     def embedded(self) -> bool:
@@ -162,8 +172,8 @@ _TINY_DEV = Variant(
         ch=32,
         ch_mult=(1, 2, 2, 2),
         num_res_blocks=1,
-        scale_factor=1.0,
-        shift_factor=0.0,
+        scale_factor=0.6882,  # both measured from its own latents, when it was trained
+        shift_factor=-0.1593,
         norm_groups=8,
     ),
     t5="flux-tiny/t5",
@@ -183,7 +193,7 @@ _TINY_DEV = Variant(
 def _schnell(base: Variant, **differences: Any) -> Variant:
     """What [schnell] changes: no guidance embedder, no time shift, few steps."""
     transformer = replace(base.transformer, guidance_embed=False)
-    return replace(base, transformer=transformer, num_steps=4, time_shift=False, **differences)
+    return replace(base, transformer=transformer, num_steps=4, guidance=None, time_shift=False, **differences)
 
 
 VARIANTS: dict[str, Variant] = {

@@ -1,6 +1,8 @@
 """Every test runs with jaxtyping's runtime checker on: a wrong shape in a signature is an error."""
 
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -9,15 +11,12 @@ from jaxtyping import install_import_hook
 
 import tests.typechecker  # noqa: F401
 
-with install_import_hook("fluxlab", "tests.typechecker.check"):
-    import fluxlab
-    import fluxlab.cli
-    import fluxlab.tiny.train
-    import fluxlab.weights.layouts
+install_import_hook("fluxlab", "tests.typechecker.check")  # for every module of fluxlab imported from here on
 
 import pytest
 import torch
 
+import fluxlab
 from fluxlab.config import AutoEncoderConfig, FluxConfig
 
 SMALL = FluxConfig(
@@ -50,3 +49,31 @@ def as_users_run_it():
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has")
+
+
+def peak_anonymous_memory(before: str, code: str) -> int:
+    """Bytes by which ``code`` raises a fresh process's own memory (mapped files left out), at its peak."""
+    watched = f"""
+import pathlib, threading, time, torch, fluxlab as fl
+{before}
+def own():
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
+start = peak = own()
+done = False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, own())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+{code}
+peak, done = max(peak, own()), True
+thread.join()
+print(peak - start)
+"""
+    return int(subprocess.check_output([sys.executable, "-c", watched], text=True))

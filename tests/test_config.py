@@ -1,5 +1,7 @@
 """Configs that do not fit together, and names that do not exist."""
 
+from dataclasses import replace
+
 import pytest
 
 import fluxlab as fl
@@ -13,6 +15,8 @@ import fluxlab as fl
         ({"num_heads": 25}, "num_heads is 25, which does not divide hidden_size 3072"),
         ({"hidden_size": 0}, "hidden_size is 0; it must be at least 1"),
         ({"depth": -1}, "depth is -1; it must be at least 0"),
+        ({"mlp_ratio": -1.0}, "mlp_ratio is -1.0; it must be above 0"),
+        ({"theta": 0}, "theta is 0; it must be above 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes, message):
@@ -23,6 +27,20 @@ def test_sizes_that_do_not_fit_are_refused(changes, message):
 def test_groups_that_do_not_divide_the_features_are_refused():
     with pytest.raises(fl.ConfigError, match="norm_groups is 32, which does not divide the 48 features"):
         fl.AutoEncoderConfig(ch=48)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"ch": 0}, "ch is 0; it must be at least 1"), ({"ch_mult": ()}, "ch_mult is empty")]
+)
+def test_an_autoencoder_of_nothing_is_refused(changes, message):
+    with pytest.raises(fl.ConfigError, match=message):
+        fl.AutoEncoderConfig(**changes)
+
+
+def test_a_variant_whose_latent_is_not_8_times_smaller_is_refused():
+    dev = fl.VARIANTS["flux-dev"]
+    with pytest.raises(fl.ConfigError, match="a variant's VAE has 4 resolutions"):
+        replace(dev, autoencoder=replace(dev.autoencoder, ch_mult=(1, 2, 4)))
 
 
 def test_an_unknown_variant_is_refused_with_the_nearest_names():

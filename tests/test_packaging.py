@@ -21,7 +21,7 @@ RANGES = [*PROJECT["dependencies"], *(r for extra in PROJECT["optional-dependenc
 def test_each_range_admits_its_pin(text):
     requirement = Requirement(text)
     pins = {name.lower().replace("_", "-"): version for name, version in PINS.items()}
-    assert requirement.specifier.contains(pins[requirement.name.lower()])
+    assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")])
 
 
 def test_the_conda_environment_is_in_step_with_the_pins():
@@ -36,6 +36,7 @@ def test_the_conda_environment_is_in_step_with_the_pins():
 def test_what_ci_runs_is_the_readmes_test_command():
     assert "make test" in (ROOT / ".ci/run").read_text()
     assert "make test" in (ROOT / "README.md").read_text()
+    assert "run: make test" in (ROOT / ".github/workflows/ci.yml").read_text()
 
 
 def test_importing_fluxlab_brings_in_no_heavy_library():
@@ -46,8 +47,18 @@ def test_importing_fluxlab_brings_in_no_heavy_library():
 
 def test_imports_run_one_way():
     """model knows nothing of weights, weights nothing of pipeline, and so on up."""
-    order = ["model", "weights", "pipeline", "inspect", "tiny"]
-    for i, package in enumerate(order):
-        for path in (ROOT / "fluxlab" / package).glob("*.py"):
+    order = ["config", "model", "weights", "pipeline", "inspect", "tiny", "cli"]
+    for i, package in enumerate(order[:-1]):
+        folder = ROOT / "fluxlab" / package
+        for path in [folder.with_suffix(".py")] if package == "config" else folder.glob("*.py"):
+            text = path.read_text()
+            assert "import fluxlab" not in text, f"{path} imports the whole package"
             for later in order[i + 1 :]:
-                assert f"fluxlab.{later}" not in path.read_text(), f"{path} imports {later}"
+                assert f"fluxlab.{later}" not in text, f"{path} imports {later}"
+
+
+def test_the_model_needs_torch_einops_and_jaxtyping_alone():
+    allowed = {"fluxlab", "torch", "einops", "jaxtyping", *sys.stdlib_module_names}
+    for path in (ROOT / "fluxlab/model").glob("*.py"):
+        found = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
+        assert set(found) <= allowed, path

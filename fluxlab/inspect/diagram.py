@@ -63,7 +63,7 @@ def model_map(
         ValueError: no such part; the message gives the nearest names.
     """
     chosen = variant(name)
-    boxes = _boxes(chosen, height or chosen.size, width or chosen.size)
+    boxes = _boxes(chosen, *(chosen.size if side is None else side for side in (height, width)))
     parts = list(dict.fromkeys(box.part for box in boxes if box.part))
     bright = [lit] if isinstance(lit, str) else list(lit or [])
     for part in bright:

@@ -40,7 +40,7 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.scale)
 
     def forward(self, x: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape dim"]:
-        return F.rms_norm(x, self.scale.shape, self.scale, eps=1e-6)
+        return F.rms_norm(x, self.scale.shape, eps=1e-6) * self.scale
 
 
 class QKNorm(nn.Module):

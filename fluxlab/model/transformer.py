@@ -104,8 +104,8 @@ class Flux(nn.Module):
                 "and would ignore it; leave it out"
             )
         tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-        batch, axes = tensors["img"].shape[0], len(c.axes_dim)
-        image, text = (tensors[name].shape[1] if tensors[name].ndim == 3 else 0 for name in ("img", "txt"))
+        axes = len(c.axes_dim)
+        (batch, image), (_, text) = ((*tensors[name].shape, 0, 0)[:2] for name in ("img", "txt"))
         shapes = {
             "img": (batch, image, c.in_channels),
             "img_ids": (batch, image, axes),
@@ -124,6 +124,8 @@ class Flux(nn.Module):
                 raise ValueError(f"{name} is on {tensor.device} and the weights on {weight.device}; move one of them")
             if name in ("img", "txt", "y") and tensor.dtype != weight.dtype:
                 raise ValueError(f"{name} is {tensor.dtype} and the weights are {weight.dtype}; cast one of them")
+            if name.endswith("ids") and tensor.dtype in (torch.bfloat16, torch.float16):
+                raise ValueError(f"{name} is {tensor.dtype}, which is not exact for large positions; give float32")
 
 
 def build(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **overrides: Any) -> Flux:

@@ -68,7 +68,7 @@ def example_inputs(
     """
     chosen = variant(name)
     config = chosen.transformer
-    height, width = height or chosen.size, width or chosen.size
+    height, width = (chosen.size if side is None else side for side in (height, width))
     rows, columns = grid(height, width)
     meta = torch.device(device or "cpu").type == "meta"
     generator = None if meta else torch.Generator("cpu").manual_seed(seed)
@@ -83,5 +83,5 @@ def example_inputs(
         txt_ids=text_ids(batch, chosen.t5_length, device=device),
         timesteps=torch.ones(batch, device=device),
         y=randn(batch, config.vec_in_dim),
-        guidance=torch.full((batch,), chosen.guidance, device=device) if config.guidance_embed else None,
+        guidance=None if chosen.guidance is None else torch.full((batch,), chosen.guidance, device=device),
     )

@@ -44,7 +44,13 @@ def noise(
 
 
 def pack(latent: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch image_tokens patch"]:
-    """Cut a latent into 2x2 patches, row by row: 16 channels become 64 numbers a token, channel slowest."""
+    """Cut a latent into 2x2 patches, row by row: 16 channels become 64 numbers a token, channel slowest.
+
+    Raises:
+        ValueError: a side of the latent is odd.
+    """
+    if latent.shape[-2] % PATCH or latent.shape[-1] % PATCH:
+        raise ValueError(f"latent has sides {tuple(latent.shape[-2:])}; both must be even, to be cut into 2x2 patches")
     return rearrange(latent, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=PATCH, pw=PATCH)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from fluxlab.pipeline.sampling import Step, denoise
 from fluxlab.pipeline.schedule import schedule
 from fluxlab.pipeline.text import TextEncoders
 from fluxlab.weights.find import find_files
-from fluxlab.weights.load import load_weights
+from fluxlab.weights.load import autoencoder_config, load_weights
 
 Pictures = Image.Image | list[Image.Image]
 
@@ -45,10 +47,10 @@ class Pipeline:
         guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         true_cfg: float = 1.0,
         image: Image.Image | None = None,
-        strength: float = 0.7,
+        strength: float | None = None,
         callback: Callable[[Step], None] | None = None,
         return_steps: bool = False,
         progress: bool = True,
@@ -62,10 +64,10 @@ class Pipeline:
             guidance: how strongly the prompt is followed, for models with guidance distilled in: one forward a step.
             height: in pixels, a multiple of 16; by default ``image``'s, or the variant's usual size.
             width: likewise.
-            negative_prompt: what ``true_cfg`` leads away from.
+            negative_prompt: what ``true_cfg`` leads away from; by default the empty prompt.
             true_cfg: above 1, classifier-free guidance with a second forward a step, beside the distilled guidance.
             image: a picture to start from instead of noise alone; it is resized to height and width.
-            strength: in (0, 1], how much of ``image`` becomes noise; 1 leaves nothing of it.
+            strength: in (0, 1], how much of ``image`` becomes noise, 0.7 by default; 1 leaves nothing of it.
             callback: called with every ``Step``.
             return_steps: whether to return ``(pictures, steps)``.
             progress: whether to draw a bar.
@@ -79,15 +81,20 @@ class Pipeline:
         prompts, seeds = _batch(prompt, seed)
         num_steps = self.variant.num_steps if num_steps is None else num_steps
         height, width = self._size(height, width, image)
-        _check_strength(strength)
+        rows, columns = grid(height, width)
+        times = schedule(num_steps, rows * columns, shift=self.variant.time_shift)
+        _check_options(image, strength, true_cfg, negative_prompt)
 
         inputs = self.prepare(prompts, seeds, height, width, guidance)
         negative = None
         if true_cfg != 1:
-            negative = self.prepare([negative_prompt] * len(prompts), seeds, height, width, guidance)
+            txt, y = self.text([negative_prompt or ""])
+            negative = replace(
+                inputs, txt=txt.to(inputs.txt).expand_as(inputs.txt), y=y.to(inputs.y).expand_as(inputs.y)
+            )
 
-        times = schedule(num_steps, inputs.img.shape[1], shift=self.variant.time_shift)
         if image is not None:
+            strength = 0.7 if strength is None else strength
             times = times[min(num_steps - 1, int(num_steps - num_steps * strength)) :]
             latent = pack(self.autoencoder.encode(self._pixels(image, height, width)))
             inputs.img = torch.lerp(latent.to(inputs.img), inputs.img, times[0])
@@ -101,7 +108,7 @@ class Pipeline:
 
         tokens = denoise(self.model, inputs, times, negative, true_cfg, watch if watchers else None, progress)
         pictures = self.decode(tokens, height, width)
-        result = pictures[0] if isinstance(prompt, str) and isinstance(seed, int) else pictures
+        result = pictures[0] if isinstance(prompt, str) and isinstance(seed, Integral) else pictures
         return (result, steps) if return_steps else result
 
     @torch.no_grad()
@@ -132,7 +139,8 @@ class Pipeline:
         if config.guidance_embed and guidance is None:
             guidance = self.variant.guidance
         device, dtype = self.model.img_in.weight.device, self.model.img_in.weight.dtype
-        txt, y = self.text(prompts)
+        different = list(dict.fromkeys(prompts))  # each is encoded once
+        txt, y = (encoded[[different.index(prompt) for prompt in prompts]] for encoded in self.text(different))
         return FluxInputs(
             img=pack(noise(seeds, height, width, self.autoencoder.config.z_channels)).to(device, dtype),
             img_ids=image_ids(batch, height, width, device=device),
@@ -175,7 +183,7 @@ class Pipeline:
 def _batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:
     """As many prompts as seeds."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    seeds = [seed] if isinstance(seed, int) else list(seed)
+    seeds = [int(each) for each in ([seed] if isinstance(seed, Integral) else cast("Sequence[int]", seed))]
     for name, given in (("prompt", prompts), ("seed", seeds)):
         if not given:
             raise ValueError(f"{name} is an empty list; give at least one")
@@ -188,9 +196,18 @@ def _batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list
     return prompts, seeds
 
 
-def _check_strength(strength: float) -> None:
-    if not 0 < strength <= 1:
+def _check_options(
+    image: Image.Image | None, strength: float | None, true_cfg: float, negative_prompt: str | None
+) -> None:
+    """Options that are out of range, or that would have no effect."""
+    if strength is not None and not 0 < strength <= 1:
         raise ValueError(f"strength is {strength}; it must be above 0 and at most 1, where nothing of image is left")
+    if strength is not None and image is None:
+        raise ValueError(f"strength is {strength}, but there is no image to start from; give image, or leave it out")
+    if not true_cfg >= 1:
+        raise ValueError(f"true_cfg is {true_cfg}; it must be at least 1, where it is off")
+    if negative_prompt is not None and true_cfg == 1:
+        raise ValueError("negative_prompt has no effect while true_cfg is 1; give a true_cfg above 1, such as 3")
 
 
 def load(
@@ -209,13 +226,19 @@ def load(
 
     Raises:
         ConfigError: no such variant.
+        ValueError: no such device here.
         WeightsError: files are missing, or hold another model.
     """
     chosen = variant(name)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {str(device)!r}, which cannot be used here ({error})") from error
     files = find_files(chosen, source)
     dtype = dtype or (torch.float32 if chosen.embedded else torch.bfloat16)
     with torch.device("meta"):
-        model, autoencoder = Flux(chosen.transformer), AutoEncoder(chosen.autoencoder)
+        model = Flux(chosen.transformer)
+        autoencoder = AutoEncoder(autoencoder_config(chosen, files.autoencoder))
     return Pipeline(
         variant=chosen,
         model=load_weights(model, files.transformer, device, dtype),

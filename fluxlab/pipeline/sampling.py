@@ -57,13 +57,18 @@ def denoise(
         progress: whether to draw a bar.
 
     Raises:
-        ValueError: ``inputs.img``, or what the model predicts, is not finite.
+        ValueError: fewer than two times; ``true_cfg`` without ``negative``; ``inputs.img``, or what the model
+            predicts, is not finite.
 
     Source: "Flow Straight and Fast", Liu et al. 2022; "Classifier-Free Diffusion Guidance", Ho and Salimans 2022.
     """
+    if len(times) < 2:
+        raise ValueError(f"times has {len(times)} values; a step needs two, where it starts and where it goes")
+    if true_cfg != 1 and negative is None:
+        raise ValueError(f"true_cfg is {true_cfg}, but there is no negative prompt's inputs to lead away from")
     dtype = inputs.img.dtype
     _check_finite(inputs.img, "inputs.img")
-    img = inputs.img.to(torch.promote_types(dtype, torch.float32))  # the sum of many small steps is kept exact
+    img = inputs.img.to(torch.promote_types(dtype, torch.float32))  # many small steps add up here
     steps = list(pairwise(times))
     for index, (t, t_next) in enumerate(tqdm(steps, desc="sampling", unit="step", disable=not progress)):
         timesteps = torch.full((img.shape[0],), t, dtype=torch.float32, device=img.device)
@@ -71,6 +76,7 @@ def denoise(
         if negative is not None and true_cfg != 1:
             away = model(**replace(negative, img=img.to(dtype), timesteps=timesteps).kwargs())
             velocity = away + true_cfg * (velocity - away)
+        velocity = velocity.to(img)
         img_next = img + (t_next - t) * velocity
         if callback is not None:
             callback(Step(index, t, t_next, img, velocity, img_next))

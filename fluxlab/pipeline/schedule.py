@@ -36,5 +36,4 @@ def schedule(num_steps: int, image_tokens: int, shift: bool = True) -> list[floa
         if number < 1:
             raise ValueError(f"{name} is {number}; it must be at least 1")
     even = [1 - i / num_steps for i in range(num_steps)] + [0.0]
-    mu = shift_mu(image_tokens)
-    return [shift_time(t, mu) for t in even] if shift else even
+    return [shift_time(t, shift_mu(image_tokens)) for t in even] if shift else even

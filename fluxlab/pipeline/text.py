@@ -102,7 +102,7 @@ class TextEncoders:
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Loading two small folders needs no bar; whatever was set before is set again."""
+    """Whatever was set before is set again."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

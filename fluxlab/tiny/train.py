@@ -13,12 +13,13 @@ from the seed and the step alone.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ from fluxlab.pipeline.schedule import schedule
 from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.tokenizers import train_tokenizers
 from fluxlab.tiny.world import PICTURE_SIZES, random_picture
-from fluxlab.weights.files import Checkpoint, read_tensors, write_tensors
+from fluxlab.weights.convert import factors
+from fluxlab.weights.files import Checkpoint, read_tensors, write_tensors, write_text
 
 DEV, SCHNELL = VARIANTS["flux-tiny-dev"], VARIANTS["flux-tiny-schnell"]
 
@@ -82,6 +84,7 @@ def train(run: Path, recipe: Recipe | None = None, output: Path | None = None) -
     """Run every stage that is not finished in the folder ``run``; write flux-tiny into ``output`` if given."""
     recipe = recipe or Recipe()
     run.mkdir(parents=True, exist_ok=True)
+    _same_recipe(run / "recipe.json", recipe)
     if not (run / "t5/spiece.model").exists() or not (run / "clip/tokenizer.json").exists():
         train_tokenizers(run, recipe.seed)
     autoencoder = train_autoencoder(run, recipe)
@@ -90,6 +93,15 @@ def train(run: Path, recipe: Recipe | None = None, output: Path | None = None) -
     student = distil_guidance(run, recipe, autoencoder, teacher, text)
     if output is not None:
         publish(run, output, autoencoder, student, text)
+
+
+def _same_recipe(path: Path, recipe: Recipe) -> None:
+    """A run goes on as it began: what another recipe left there is not mixed in."""
+    given = asdict(recipe)
+    if path.exists() and (before := json.loads(path.read_text())) != given:
+        changed = {name: (before.get(name), value) for name, value in given.items() if before.get(name) != value}
+        raise ValueError(f"{path.parent} was begun with another recipe (then, now): {changed}; name another folder")
+    write_text(json.dumps(given, indent=2) + "\n", path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -493,15 +505,17 @@ def sample_grid(
 def publish(run: Path, output: Path, autoencoder: AutoEncoder, student: Flux, text: TextEncoders) -> None:
     """Write flux-tiny as the library loads it: official names, bfloat16, text encoders in the Hugging Face format."""
     output.mkdir(parents=True, exist_ok=True)
-    factors = {name: str(getattr(autoencoder.config, name)) for name in ("scale_factor", "shift_factor")}
     for name, module, metadata in (
         (DEV.transformer_file, student, None),
-        (DEV.autoencoder_file, autoencoder, factors),
+        (DEV.autoencoder_file, autoencoder, factors(autoencoder.config)),
     ):
         tensors = {key: value.bfloat16() for key, value in module.state_dict().items()}
         write_tensors(tensors, output / Path(name).name, metadata)
+    (output / "training").mkdir(exist_ok=True)
+    for file in (run / "recipe.json", *sorted(run.glob("*.jsonl"))):
+        (output / "training" / file.name).write_bytes(file.read_bytes())
     for name in ("t5", "clip"):
-        encoder: Any = getattr(text, name)
+        encoder: Any = copy.deepcopy(getattr(text, name))
         encoder.to(torch.bfloat16).save_pretrained(output / name)
         for file in (run / name).iterdir():
             (output / name / file.name).write_bytes(file.read_bytes())

@@ -15,7 +15,7 @@ from fluxlab.config import AutoEncoderConfig, Variant
 from fluxlab.weights.files import Checkpoint, Entry, WeightsError, replacing, stream_tensors, write_text
 from fluxlab.weights.find import find_files
 from fluxlab.weights.layouts import Config, rules
-from fluxlab.weights.load import check_shapes, diffusers_shapes, official_shapes
+from fluxlab.weights.load import autoencoder_config, check_shapes, diffusers_shapes, official_shapes
 
 Layout = Literal["official", "diffusers"]
 _SHARD = "diffusion_pytorch_model.safetensors"
@@ -52,6 +52,7 @@ def convert_part(
             {name: Entry(shapes[name], dtype or kept[name]) for name in kept},
             _converted(checkpoint, config, to, dtype),
             file,
+            factors(config) if to == "official" else None,
         )
         written = Checkpoint(file)
         for name, tensor in _converted(checkpoint, config, to, dtype):
@@ -98,7 +99,7 @@ def convert(
         places = {"diffusers": ("transformer", "vae"), "official": (variant.transformer_file, variant.autoencoder_file)}
         for kind, config, place in (
             ("transformer", variant.transformer, places[to][0]),
-            ("autoencoder", variant.autoencoder, places[to][1]),
+            ("autoencoder", autoencoder_config(variant, parts["autoencoder"]), places[to][1]),
         ):
             convert_part(parts[kind], temporary / Path(place).name, config, to, dtype)
         for kind, place in (("t5", "text_encoder_2"), ("clip", "text_encoder")):
@@ -118,6 +119,13 @@ def part_of(source: str | Path) -> Literal["transformer", "autoencoder"] | None:
     if source.is_dir() and (len(list(source.glob("*.safetensors"))) != 1) and not list(source.glob("*.index.json")):
         return None
     return "autoencoder" if "encoder.conv_in.weight" in Checkpoint(source).entries else "transformer"
+
+
+def factors(config: Config) -> dict[str, str]:
+    """What an official VAE file leaves to be known: the scale and shift of its latents, to go into its metadata."""
+    if not isinstance(config, AutoEncoderConfig):
+        return {}
+    return {"scale_factor": str(config.scale_factor), "shift_factor": str(config.shift_factor)}
 
 
 def _check_free(output: Path) -> None:
@@ -155,13 +163,20 @@ def _copy_encoder(source: Path, output: Path, dtype: torch.dtype | None) -> None
     if dtype is not None:
         config["dtype"] = str(dtype).removeprefix("torch.")
     write_text(json.dumps(config, indent=2) + "\n", output / "config.json")
-    for file in source.glob("*.safetensors*"):
-        if file.suffix == ".json" or dtype is None:
-            shutil.copyfile(file, output / file.name)
-        else:
-            shard = Checkpoint(file)
-            cast = ((name, shard[name].to(dtype)) for name in shard.entries)
-            stream_tensors({n: Entry(e.shape, dtype) for n, e in shard.entries.items()}, cast, output / file.name)
+    whole = Checkpoint(source)  # every shard is there and can be read
+    for file in source.glob("*.safetensors.index.json"):
+        shutil.copyfile(file, output / file.name)
+    for file in source.glob("*.safetensors"):
+        shard = Checkpoint(file)
+        entries = {
+            name: Entry(shape, dtype if dtype is not None and kept.is_floating_point else kept)
+            for name, (shape, kept) in shard.entries.items()
+        }
+        stream_tensors(entries, ((n, shard[n].to(e.dtype)) for n, e in entries.items()), output / file.name)
+    written = Checkpoint(output)
+    for name, entry in written.entries.items():
+        if not torch.equal(written[name], whole[name].to(entry.dtype)):
+            raise WeightsError(f"{output}: {name} was not written as it is; is the disk sound?")
 
 
 def _copy_tokenizer(source: Path, output: Path) -> None:
@@ -195,6 +210,11 @@ def diffusers_config(config: Config) -> dict[str, Any]:
             "use_post_quant_conv": False,
             "use_quant_conv": False,
         }
+    for name, value in (("theta", 10_000), ("mlp_ratio", 4.0), ("qkv_bias", True)):
+        if getattr(config, name) != value:
+            raise WeightsError(
+                f"{name} is {getattr(config, name)}, and diffusers' transformer has no other than {value}"
+            )
     return {
         "_class_name": "FluxTransformer2DModel",
         "attention_head_dim": config.head_dim,

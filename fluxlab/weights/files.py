@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,11 +55,15 @@ class Checkpoint:
         self.path = Path(path)
         self._where: dict[str, safe_open] = {}
         self.entries: dict[str, Entry] = {}
+        self.metadata: dict[str, str] = {}
         for file in map(_open, _shards(self.path)):
+            self.metadata |= file.metadata() or {}
             for name in file.keys():  # noqa: SIM118 (a file handle, not a dict)
                 part = file.get_slice(name)
+                if part.get_dtype() not in DTYPES:
+                    raise WeightsError(f"{self.path}: {name} holds {part.get_dtype()}, which is not read here")
                 self._where[name] = file
-                self.entries[name] = Entry(tuple(part.get_shape()), DTYPES.get(part.get_dtype(), torch.uint8))
+                self.entries[name] = Entry(tuple(part.get_shape()), DTYPES[part.get_dtype()])
 
     def __getitem__(self, name: str) -> Tensor:
         return self._where[name].get_tensor(name)
@@ -69,27 +73,32 @@ def _shards(path: Path) -> list[Path]:
     """The files a path stands for: itself, or in a folder those of the index, or the only one."""
     if not path.is_dir():
         return [path]
-    indices = sorted(path.glob("*.safetensors.index.json"))
+    indices, files = sorted(path.glob("*.safetensors.index.json")), sorted(path.glob("*.safetensors"))
     if len(indices) == 1:
         try:
             return sorted({path / file for file in json.loads(indices[0].read_text())["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise WeightsError(f"{indices[0]}: not an index of shards ({error!r})") from error
-    files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
-        raise WeightsError(f"{path}: this folder has {len(files)} safetensors files and no index; name one file")
+        raise WeightsError(
+            f"{path}: this folder has {len(files)} safetensors files and {len(indices)} indices; name one file"
+        )
     return files
 
 
 def _open(path: Path) -> safe_open:
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
-    if path.suffix in {".pt", ".pth", ".ckpt", ".bin", ".pkl"}:
-        raise WeightsError(f"{path}: this looks like a pickle, which can run code and is never read; give safetensors")
     try:
+        with path.open("rb") as file:
+            start = file.read(2)
+        if start == b"PK" or start[:1] == b"\x80":
+            raise WeightsError(f"{path}: this is a pickle, which can run code and is never read; give safetensors")
         return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise WeightsError(f"{path}: not a whole safetensors file ({error}); fetch or write it again") from error
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error}); look at its permissions") from error
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -126,29 +135,42 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors that are in memory as a safetensors file, whole or not at all."""
+    """Write tensors that are in memory as a safetensors file, whole or not at all.
+
+    Raises:
+        WeightsError: a tensor is on the meta device, or there is no such folder.
+    """
+    if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise WeightsError(f"{empty[0]} is on the meta device and has no values to write")
     with replacing(path) as temporary:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, temporary, dict(metadata) if metadata else None)
 
 
-def stream_tensors(entries: Mapping[str, Entry], tensors: Iterable[tuple[str, Tensor]], path: str | Path) -> None:
+def stream_tensors(
+    entries: Mapping[str, Entry],
+    tensors: Iterable[tuple[str, Tensor]],
+    path: str | Path,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write a safetensors file one tensor at a time, so that the memory it takes is that of one tensor.
 
     Args:
         entries: every tensor's shape and dtype, in the order of the file.
         tensors: name and value, in the same order.
         path: of the file, which is written whole or not at all.
+        metadata: words to go with them.
 
     Raises:
         WeightsError: what comes is not what ``entries`` says.
 
     Source: the safetensors format: eight bytes of length, a header in JSON, the values one after the other.
     """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
     for name, (shape, dtype) in entries.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}  # type: ignore[dict-item]
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as temporary, temporary.open("wb") as file:
@@ -162,4 +184,4 @@ def stream_tensors(entries: Mapping[str, Entry], tensors: Iterable[tuple[str, Te
 def write_text(text: str, path: str | Path) -> None:
     """Write a text file whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from fluxlab.config import VARIANTS, FluxConfig
+from fluxlab.config import VARIANTS, AutoEncoderConfig, FluxConfig, Variant
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
 from fluxlab.weights.files import Checkpoint, WeightsError, describe_difference, listed
@@ -39,11 +42,26 @@ def load_weights(
     """
     checkpoint = Checkpoint(path)
     check_shapes(checkpoint, {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
-    for name in module.state_dict():
-        owner, _, leaf = name.rpartition(".")
-        tensor = checkpoint[name].to(device=device, dtype=dtype)
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-    return module.eval()
+    tensors = {name: checkpoint[name].to(device=device, dtype=dtype) for name in module.state_dict()}
+    module.load_state_dict(tensors, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def autoencoder_config(variant: Variant, path: str | Path) -> AutoEncoderConfig:
+    """A variant's VAE config, with the scale and shift that are written beside the weights, if any are.
+
+    They stand in the metadata of the files that fluxlab writes, and in the ``config.json`` of diffusers' folders.
+    """
+    config, folder = variant.autoencoder, Path(path)
+    metadata: dict[str, Any] = dict(Checkpoint(path).metadata)
+    if (folder / "config.json").is_file():
+        metadata = json.loads((folder / "config.json").read_text())
+        metadata["scale_factor"] = metadata.get("scaling_factor", config.scale_factor)
+    return replace(
+        config,
+        scale_factor=float(metadata.get("scale_factor", config.scale_factor)),
+        shift_factor=float(metadata.get("shift_factor", config.shift_factor)),
+    )
 
 
 def check_shapes(checkpoint: Checkpoint, wanted: Shapes) -> None:
@@ -66,11 +84,13 @@ def check_shapes(checkpoint: Checkpoint, wanted: Shapes) -> None:
         raise WeightsError(f"{checkpoint.path}: not what was expected: {'; '.join(problems)}{hint}")
 
 
+@cache
 def official_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the official checkpoint."""
     return {name: tuple(tensor.shape) for name, tensor in _on_meta(config).items()}
 
 
+@cache
 def diffusers_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in diffusers' layout."""
     return {name: tuple(tensor.shape) for name, tensor in to_diffusers(_on_meta(config), config).items()}

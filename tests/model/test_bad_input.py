@@ -20,6 +20,11 @@ CASES = {
     "a time that is a number": ({"timesteps": torch.tensor(0.5)}, r"timesteps has shape \(\).*\(1,\)"),
     "mixed dtypes": ({"txt": torch.zeros(1, 3, 40).half()}, r"txt is torch.float16 and the weights are torch.float32"),
     "mixed devices": ({"y": torch.zeros(1, 24, device="meta")}, r"y is on meta and the weights on cpu; move one"),
+    "nothing at all": ({"img": torch.tensor(1.0)}, r"img has shape \(\); .* takes \(0, 0, 64\)"),
+    "ids that are not exact": (
+        {"img_ids": torch.zeros(1, 4, 3).bfloat16()},
+        r"img_ids is torch.bfloat16, which is not",
+    ),
     "missing guidance": ({"guidance": None}, r"guidance is None, but this model has a guidance embedder; give one"),
 }
 

@@ -112,3 +112,29 @@ def test_the_full_model_builds_on_meta_at_once_and_without_memory():
 def test_the_files_of_the_model_stay_small_enough_to_study():
     lines = sum(len(path.read_text().splitlines()) for path in Path(fl.__file__).parent.glob("model/*.py"))
     assert lines <= 760
+
+
+def test_schnell_has_devs_keys_without_the_guidance_embedder():
+    dev, schnell = (set(fl.build(name, device="meta").state_dict()) for name in ("flux-dev", "flux-schnell"))
+    assert dev - schnell == {f"guidance_in.{la}.{le}" for la in ("in_layer", "out_layer") for le in ("weight", "bias")}
+    assert schnell < dev
+
+
+def test_the_autoencoders_keys_are_the_published_ones():
+    """The naming of latent diffusion: down.i.block.j, mid.attn_1, up.i.upsample."""
+    convs = ["conv_in", "conv_out", "norm_out"]
+    blocks = ("norm1", "conv1", "norm2", "conv2")
+    expected = {f"{half}.{name}" for half in ("encoder", "decoder") for name in convs}
+    for half in ("encoder", "decoder"):
+        expected |= {f"{half}.mid.{block}.{name}" for block in ("block_1", "block_2") for name in blocks}
+        expected |= {f"{half}.mid.attn_1.{name}" for name in ("norm", "q", "k", "v", "proj_out")}
+    for i in range(4):
+        expected |= {f"encoder.down.{i}.block.{j}.{name}" for j in range(2) for name in blocks}
+        expected |= {f"decoder.up.{i}.block.{j}.{name}" for j in range(3) for name in blocks}
+    expected |= {f"encoder.down.{i}.downsample.conv" for i in (0, 1, 2)}
+    expected |= {f"decoder.up.{i}.upsample.conv" for i in (1, 2, 3)}
+    expected |= {f"encoder.down.{i}.block.0.nin_shortcut" for i in (1, 2)}
+    expected |= {f"decoder.up.{i}.block.0.nin_shortcut" for i in (0, 1)}
+    with torch.device("meta"):
+        autoencoder = fl.AutoEncoder(fl.VARIANTS["flux-dev"].autoencoder)
+    assert set(autoencoder.state_dict()) == {f"{name}.{leaf}" for name in expected for leaf in ("weight", "bias")}

@@ -91,3 +91,43 @@ def test_build_makes_random_weights_of_the_asked_dtype_and_sizes():
     assert all(p.isfinite().all() for p in model.parameters())
     assert torch.equal(model.single_blocks[0].norm.key_norm.scale.float(), torch.ones(32))
     assert model.img_in.weight.std() > 0.01
+
+
+def test_the_shapes_in_signatures_are_checked_in_these_tests():
+    from jaxtyping import TypeCheckError
+
+    with pytest.raises(TypeCheckError):
+        fl.timestep_embedding(torch.zeros(2, 2))
+    with pytest.raises(TypeCheckError):
+        fl.unpack(torch.zeros(4, 64), 32, 32)
+
+
+@pytest.mark.parametrize("changes", [{"theta": 100}, {"axes_dim": (8, 8, 16)}, {"num_heads": 4, "axes_dim": (4, 4, 8)}])
+def test_each_size_without_weights_of_its_own_changes_the_prediction(changes):
+    """The same weights under another config; sizes that shape a weight are held by the counts."""
+    from tests.conftest import randomise
+
+    model, inputs = randomise(fl.Flux(SMALL)), small_inputs()
+    other = fl.Flux(replace(SMALL, **changes))
+    weights = {n: t for n, t in model.state_dict().items() if t.shape == other.state_dict()[n].shape}
+    other.load_state_dict(weights, strict=False)
+    assert (model(**inputs) - other(**inputs)).abs().max() > 1e-4
+
+
+def test_a_model_without_qkv_bias_has_none():
+    model = fl.Flux(replace(SMALL, qkv_bias=False))
+    assert model.double_blocks[0].img_attn.qkv.bias is None
+
+
+def test_the_longest_period_changes_the_embedding():
+    t = torch.tensor([0.5])
+    assert not torch.equal(fl.timestep_embedding(t), fl.timestep_embedding(t, max_period=100.0))
+
+
+def test_queries_and_keys_of_a_published_size_have_the_published_shape():
+    """1360x768 with 256 text tokens: [1, 24, 4336, 128]."""
+    model = fl.build("flux-schnell", device="meta", depth=1, depth_single_blocks=1)
+    seen = []
+    model.single_blocks[0].norm.register_forward_hook(lambda _, __, out: seen.extend(out))
+    model(**fl.example_inputs("flux-schnell", height=768, width=1360, device="meta").kwargs())
+    assert [list(t.shape) for t in seen] == [[1, 24, 4336, 128]] * 2

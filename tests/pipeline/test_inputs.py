@@ -53,3 +53,14 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 def test_the_inputs_say_their_shapes():
     assert "txt       [1, 32, 128]       torch.float32, cpu" in repr(fl.example_inputs("flux-tiny-dev"))
+
+
+def test_a_size_of_zero_is_refused_not_replaced():
+    with pytest.raises(ValueError, match="height is 0; it must be a positive number"):
+        fl.example_inputs("flux-dev", height=0, device="meta")
+
+
+def test_shapes_without_values_are_not_written(tmp_path):
+    with pytest.raises(fl.WeightsError, match="is on the meta device and has no values to write"):
+        fl.example_inputs("flux-dev", device="meta").save(tmp_path / "inputs.safetensors")
+    assert not list(tmp_path.iterdir())

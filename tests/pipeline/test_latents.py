@@ -57,6 +57,11 @@ def test_unpacking_to_another_size_is_refused():
         fl.unpack(torch.zeros(1, 4, 64), 64, 32)
 
 
+def test_a_latent_with_an_odd_side_is_refused():
+    with pytest.raises(ValueError, match=r"latent has sides \(4, 5\); both must be even"):
+        fl.pack(torch.zeros(1, 16, 4, 5))
+
+
 @pytest.mark.parametrize(("height", "width", "message"), [(0, 64, "height is 0"), (64, -16, "width is -16")])
 def test_a_size_that_is_not_positive_is_refused(height, width, message):
     with pytest.raises(ValueError, match=message):

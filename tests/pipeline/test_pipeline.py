@@ -126,6 +126,9 @@ def test_one_forward_a_step_and_two_with_true_cfg(tiny):
         ({"num_steps": 0}, "num_steps is 0; it must be at least 1"),
         ({"strength": 0.0}, "strength is 0.0; it must be above 0"),
         ({"strength": 1.5}, "strength is 1.5; it must be above 0"),
+        ({"strength": 0.5}, "strength is 0.5, but there is no image to start from"),
+        ({"true_cfg": 0.5}, "true_cfg is 0.5; it must be at least 1"),
+        ({"negative_prompt": "a ring"}, "negative_prompt has no effect while true_cfg is 1"),
         ({"seed": []}, "seed is an empty list"),
         ({"prompt": []}, "prompt is an empty list"),
         ({"prompt": ["a", "b"], "seed": [1, 2, 3]}, "2 prompts and 3 seeds"),
@@ -173,3 +176,35 @@ def test_a_model_that_is_shown_a_second_picture_says_so(tiny):
     fill = replace(tiny, model=fl.build("flux-tiny-dev", in_channels=384))
     with pytest.raises(ValueError, match=r"shown a second picture beside the noise \(in_channels 384, out_channels 64"):
         fill(PROMPT)
+
+
+def test_a_loop_without_a_step_is_refused(tiny):
+    inputs = tiny.prepare([PROMPT], [0], 128, 128)
+    with pytest.raises(ValueError, match="times has 1 values; a step needs two"):
+        fl.denoise(tiny.model, inputs, [1.0], progress=False)
+
+
+def test_true_cfg_without_a_negative_prompts_inputs_is_refused(tiny):
+    inputs = tiny.prepare([PROMPT], [0], 128, 128)
+    with pytest.raises(ValueError, match=r"true_cfg is 3.0, but there is no negative prompt's inputs"):
+        fl.denoise(tiny.model, inputs, [1.0, 0.0], true_cfg=3.0, progress=False)
+
+
+def test_a_device_that_is_not_here_is_refused():
+    with pytest.raises(ValueError, match="device is 'nonsense', which cannot be used here"):
+        fl.load("flux-tiny-dev", device="nonsense")
+
+
+def test_bfloat16_paints_nearly_the_same_picture(tiny):
+    """The dtype of real weights: from a prompt, from a picture, and with true CFG."""
+    half = fl.load("flux-tiny-dev", dtype=torch.bfloat16)
+    assert half.model.img_in.weight.dtype is half.text.t5.dtype is torch.bfloat16
+    image = Image.new("RGB", (128, 128), "green")
+    for options in ({}, {"image": image}, {"true_cfg": 2.0}):
+        ours, theirs = (pixels(pipe(PROMPT, num_steps=6, progress=False, **options)) for pipe in (half, tiny))
+        assert 0 < abs(ours - theirs).mean() < 8
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_numpy_integers_are_seeds(tiny):
+    assert tiny(PROMPT, seed=np.int64(1), **FEW).tobytes() == tiny(PROMPT, seed=1, **FEW).tobytes()

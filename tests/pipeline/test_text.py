@@ -61,7 +61,7 @@ def test_every_word_of_the_picture_world_is_one_token(tiny):
 @pytest.mark.filterwarnings("ignore:.*CLIP tokens")
 def test_a_prompt_too_long_is_cut_with_a_warning_that_says_what(tiny):
     prompt = "red " * 31 + "navy ring"
-    with pytest.warns(UserWarning, match=r"33 T5 tokens|34 T5 tokens") as caught:
+    with pytest.warns(UserWarning, match="has 34 T5 tokens") as caught:
         t5_ids, _ = tiny.text.tokenize([prompt])
     assert any("T5 reads 32; this part is cut: 'navy ring'" in str(w.message) for w in caught)
     assert t5_ids[0, -1] == 1

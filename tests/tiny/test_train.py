@@ -15,7 +15,12 @@ def test_all_stages_run_resume_and_write_what_the_library_loads(tmp_path, monkey
     written = (output / "flux-tiny-dev.safetensors").read_bytes()
 
     monkeypatch.setenv("FLUXLAB_DATA", str(output.parent))
-    assert fl.load("flux-tiny-dev")("a ring", num_steps=1, progress=False).size == (128, 128)
+    loaded = fl.load("flux-tiny-dev")
+    assert loaded("a ring", num_steps=1, progress=False).size == (128, 128)
+    factors = Checkpoint(output / "ae.safetensors").metadata  # a training's own, not those of the one in data/
+    assert loaded.autoencoder.config.scale_factor == float(factors["scale_factor"])
+    assert loaded.autoencoder.config.shift_factor == float(factors["shift_factor"])
+    assert {path.name for path in (output / "training").iterdir()} >= {"recipe.json", "flow.jsonl", "guidance.jsonl"}
 
     train(run, SMOKE, output)  # every stage is finished: nothing changes
     assert (output / "flux-tiny-dev.safetensors").read_bytes() == written
@@ -40,6 +45,12 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(tmp_path, monkeypa
     assert int(Checkpoint(halves / "autoencoder.state.safetensors")["step"]) == 1
     in_halves = train_autoencoder(halves, SMOKE)
     assert all(torch.equal(a, b) for a, b in zip(at_once.parameters(), in_halves.parameters(), strict=True))
+
+
+def test_a_run_is_not_mixed_with_another_recipe(tmp_path):
+    (tmp_path / "recipe.json").write_text('{"seed": 1}')
+    with pytest.raises(ValueError, match=r"was begun with another recipe .* name another folder"):
+        train(tmp_path, SMOKE)
 
 
 def test_a_new_model_predicts_zero_and_each_block_is_the_identity():

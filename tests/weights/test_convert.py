@@ -13,7 +13,7 @@ import fluxlab as fl
 from fluxlab.cli import app
 from fluxlab.weights.convert import convert, convert_part
 from fluxlab.weights.files import Checkpoint, write_tensors
-from tests.conftest import SMALL, SMALL_AUTOENCODER, randomise
+from tests.conftest import SMALL, SMALL_AUTOENCODER, linux, peak_anonymous_memory, randomise
 
 TINY = fl.VARIANTS["flux-tiny-dev"]
 PROMPT = "a small red circle left of a large blue square on a white background"
@@ -187,33 +187,16 @@ def test_what_stands_there_is_left_alone(tmp_path):
     assert (tmp_path / "out/mine.txt").read_text() == "mine"
 
 
+@linux
 def test_converting_takes_the_memory_of_a_few_tensors(tmp_path):
-    """Anonymous memory (RssAnon), sampled while a file of 24 times its largest tensor is converted."""
-    import subprocess
-    import sys
-
     config = replace(SMALL, hidden_size=512, num_heads=4, axes_dim=(16, 56, 56), depth=6, depth_single_blocks=12)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in fl.Flux(config).state_dict().items()}
     write_tensors({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "large.safetensors")
-    code = f"""
-import threading, time, pathlib, fluxlab as fl
-from fluxlab.weights.convert import convert_part
-def anonymous():
-    line = next(l for l in pathlib.Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
-config = fl.{config!r}
-before = peak = anonymous()
-done = False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous()); time.sleep(0.002)
-thread = threading.Thread(target=watch); thread.start()
-convert_part({str(tmp_path / "large.safetensors")!r}, {str(tmp_path / "out")!r}, config, "diffusers")
-done = True; thread.join(); print(peak - before)
-"""
-    grown = int(subprocess.check_output([sys.executable, "-c", code], text=True))
+    grown = peak_anonymous_memory(
+        f"from fluxlab.weights.convert import convert_part\nconfig = fl.{config!r}",
+        f"convert_part({str(tmp_path / 'large.safetensors')!r}, {str(tmp_path / 'out')!r}, config, 'diffusers')",
+    )
     assert grown < (tmp_path / "large.safetensors").stat().st_size / 3
 
 
@@ -233,3 +216,46 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, arguments, messag
     assert result.exit_code == 2
     assert message in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("part", ["transformer", "autoencoder"])
+def test_the_command_converts_one_part(part, pipeline_folder, tmp_path, tiny):
+    """A part is known by its tensors; its file may have any name."""
+    source = pipeline_folder / {"transformer": "transformer", "autoencoder": "vae"}[part]
+    output = tmp_path / "part.safetensors"
+    arguments = ["convert", "flux-tiny-dev", str(output), "--source", str(source), "--to", "official"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    module = tiny.model if part == "transformer" else tiny.autoencoder
+    again = Checkpoint(output)
+    assert all(torch.equal(again[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_a_part_that_is_already_in_the_layout_is_refused(pipeline_folder, tmp_path):
+    with pytest.raises(fl.WeightsError, match="in the diffusers layout"):
+        convert_part(pipeline_folder / "transformer", tmp_path / "out", TINY.transformer, "diffusers")
+
+
+def test_a_model_whose_last_part_fails_leaves_nothing(tmp_path, monkeypatch):
+    import fluxlab.weights.convert as module
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module, "_copy_tokenizer", fail)
+    with pytest.raises(OSError, match="disk full"):
+        convert(TINY, tmp_path / "out", "diffusers")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_size_that_diffusers_cannot_say_is_refused(tmp_path):
+    config = replace(SMALL, theta=500)
+    write_tensors(fl.Flux(config).state_dict(), tmp_path / "official.safetensors")
+    with pytest.raises(fl.WeightsError, match="theta is 500, and diffusers' transformer has no other than 10000"):
+        convert_part(tmp_path / "official.safetensors", tmp_path / "out", config, "diffusers")
+
+
+def test_the_measured_scale_and_shift_go_along(pipeline_folder, tiny):
+    config = json.loads((pipeline_folder / "vae/config.json").read_text())
+    assert config["scaling_factor"] == tiny.autoencoder.config.scale_factor != 1
+    assert config["shift_factor"] == tiny.autoencoder.config.shift_factor != 0

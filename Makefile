@@ -10,6 +10,7 @@ NBCONVERT := $(BIN)/jupyter nbconvert --log-level=ERROR
 .PHONY: course test lab notebooks bench
 
 .venv/.installed: requirements.txt pyproject.toml
+	@echo "making .venv from requirements.txt: this takes a few minutes, once"
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .

@@ -440,7 +440,7 @@ def distil_guidance(run: Path, recipe: Recipe, autoencoder: AutoEncoder, teacher
     pictures = Pictures(run, recipe)
     with torch.no_grad():
         empty_txt, empty_y = text([""])
-    forward, teach = _compiled(recipe, student), _compiled(recipe, teacher)
+    forward = _compiled(recipe, student)
 
     def loss(generator: torch.Generator) -> Tensor:
         clean, ids, *tokens = pictures.batch(generator)
@@ -449,8 +449,8 @@ def distil_guidance(run: Path, recipe: Recipe, autoencoder: AutoEncoder, teacher
         with torch.no_grad():
             txt, y = text.encode(*tokens)
             places = text_ids(*txt.shape[:2])
-            with_prompt = teach(img, ids, txt, places, t, y).float()
-            without = teach(
+            with_prompt = teacher(img, ids, txt, places, t, y).float()
+            without = teacher(
                 img, ids, empty_txt.expand_as(txt).contiguous(), places, t, empty_y.expand_as(y).contiguous()
             )
             target = without + guidance[:, None, None] * (with_prompt - without.float())

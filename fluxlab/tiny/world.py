@@ -143,7 +143,7 @@ def draw_scene(
     masks: list[NDArray[np.float64]] = []
     for thing, (x, y) in zip(scene.things, _centres(scene, rng), strict=True):
         radius = SIZES[thing.size] * min(height, width) * rng.uniform(0.93, 1.07)
-        mask = _coverage(thing.shape, (x * width, y * height), radius, rng.uniform(-0.12, 0.12), height, width)
+        mask = shape_coverage(thing.shape, (x * width, y * height), radius, rng.uniform(-0.12, 0.12), height, width)
         pixels = pixels + mask[..., None] * (_jittered(COLOURS[thing.colour], 8, rng) - pixels)
         masks = [m * (1 - mask) for m in masks] + [mask]
     rounded = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
@@ -165,7 +165,7 @@ def _centres(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]
     return pairs if scene.where == "left of" else [(y, x) for x, y in pairs]
 
 
-def _coverage(
+def shape_coverage(
     shape: str, centre: tuple[float, float], radius: float, angle: float, height: int, width: int
 ) -> NDArray[np.float64]:
     """How much of each pixel the shape covers: its signed distance, cut to one pixel around the edge."""

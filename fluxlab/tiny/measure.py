@@ -1,0 +1,112 @@
+"""How well a picture follows its caption: an automatic judge of colours, shapes, places, count and background.
+
+It looks for what differs from the background, and fits each patch it finds with every shape of the picture world.
+Axes: height H, width W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluxlab.tiny.world import BACKGROUNDS, COLOURS, PLACES, SHAPES, Scene, shape_coverage
+
+_ATTRIBUTES = ("colour", "shape", "place", "background", "count", "all")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One connected thing that a picture shows."""
+
+    shape: str
+    colour: str
+    x: float  # its middle, as a share of the width
+    y: float  # likewise of the height
+    fit: float  # overlap with the best fitting shape, intersection over union
+
+
+def look(pixels: NDArray[np.uint8]) -> tuple[str, list[Patch]]:
+    """The background's name and the patches on it, largest first; specks below 0.6 % of the picture do not count."""
+    from scipy import ndimage
+
+    height, width, _ = pixels.shape
+    colours = pixels.astype(float)
+    border = np.concatenate([colours[:4].reshape(-1, 3), colours[-4:].reshape(-1, 3), colours[:, :4].reshape(-1, 3)])
+    ground = np.median(border, axis=0)
+    away = np.linalg.norm(colours - ground, axis=-1)
+    labels, number = ndimage.label(away > 60)
+    sizes = ndimage.sum_labels(np.ones(labels.shape), labels, range(1, number + 1))
+    big = [int(i) + 1 for i in np.argsort(-np.atleast_1d(sizes)) if sizes[i] > 0.006 * height * width]
+    return _nearest(ground, BACKGROUNDS), [_patch(labels == i, colours) for i in big]
+
+
+def _nearest(colour: NDArray[np.float64], names: dict[str, tuple[int, int, int]]) -> str:
+    return min(names, key=lambda name: float(np.linalg.norm(colour - np.asarray(names[name]))))
+
+
+def _patch(mask: NDArray[np.bool_], colours: NDArray[np.float64]) -> Patch:
+    height, width = mask.shape
+    rows, columns = np.nonzero(mask)
+    top, bottom, left, right = (int(edge) for edge in (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1))
+    best = max((_fit(mask, shape, (left, right), (top, bottom)), shape) for shape in SHAPES)
+    colour = _nearest(np.median(colours[mask], axis=0), COLOURS)
+    return Patch(best[1], colour, (left + right) / 2 / width, (top + bottom) / 2 / height, best[0])
+
+
+def _fit(mask: NDArray[np.bool_], shape: str, x: tuple[int, int], y: tuple[int, int]) -> float:
+    """The best overlap of a shape with the mask, over a few angles and sizes, both boxes in one place."""
+    middle, side = ((x[0] + x[1]) / 2, (y[0] + y[1]) / 2), (x[1] - x[0] + y[1] - y[0]) / 2
+    best = 0.0
+    for angle in (-0.1, 0.0, 0.1):
+        unit = shape_coverage(shape, (50, 50), 25, angle, 100, 100) > 0.5
+        rows, columns = np.nonzero(unit)
+        extent = (np.ptp(rows) + np.ptp(columns) + 2) / 2 / 25  # the shape's own box, in radii
+        off = ((columns.min() + columns.max() + 1) / 2 - 50) / 25, ((rows.min() + rows.max() + 1) / 2 - 50) / 25
+        for scale in (0.95, 1.0, 1.05):
+            radius = scale * side / extent
+            centre = middle[0] - off[0] * radius, middle[1] - off[1] * radius
+            drawn = shape_coverage(shape, centre, radius, angle, *mask.shape) > 0.5
+            best = max(best, float((drawn & mask).sum() / (drawn | mask).sum()))
+    return best
+
+
+def judge(pixels: NDArray[np.uint8], scene: Scene) -> dict[str, float]:
+    """What a picture gets right of a scene: colour, shape and place as the share of its things, the others 0 or 1.
+
+    The patches are taken for the things in the way that gets most right; a thing with no patch gets nothing right.
+    """
+    ground, patches = look(pixels)
+    number = len(scene.things)
+    orders = permutations([*patches[:3], *[None] * number], number)
+    right = max((_compare(scene, order) for order in orders), key=lambda each: sum(each.values()))
+    right |= {"background": float(ground == scene.background), "count": float(len(patches) == number)}
+    return right | {"all": float(all(value == 1 for value in right.values()))}
+
+
+def _compare(scene: Scene, order: Sequence[Patch | None]) -> dict[str, float]:
+    pairs = list(zip(scene.things, order, strict=True))
+    return {
+        "colour": float(np.mean([p is not None and p.colour == thing.colour for thing, p in pairs])),
+        "shape": float(np.mean([p is not None and p.shape == thing.shape and p.fit > 0.6 for thing, p in pairs])),
+        "place": float(_placed(scene, order)),
+    }
+
+
+def _placed(scene: Scene, order: Sequence[Patch | None]) -> bool:
+    if any(patch is None for patch in order):
+        return False
+    middles = [(patch.x, patch.y) for patch in order if patch is not None]
+    if len(middles) == 1:
+        return min(PLACES, key=lambda place: float(np.hypot(*np.subtract(PLACES[place], middles[0])))) == scene.where
+    across, down = np.subtract(middles[1], middles[0])
+    return bool(across > abs(down) if scene.where == "left of" else down > abs(across))
+
+
+def report(pictures: Iterable[tuple[NDArray[np.uint8], Scene]]) -> dict[str, float]:
+    """The mean of each attribute over many pictures."""
+    judged = [judge(pixels, scene) for pixels, scene in pictures]
+    return {name: float(np.mean([each[name] for each in judged])) for name in _ATTRIBUTES}

@@ -57,8 +57,8 @@ class Recipe:
     autoencoder_steps: int = 2_400
     autoencoder_batch: int = 16
     pictures: int = 24_000  # of the usual size; a sixteenth of that for each other size
-    flow_steps: int = 10_000
-    guidance_steps: int = 3_000
+    flow_steps: int = 8_500
+    guidance_steps: int = 1_500
     image_tokens: int = 4_096  # in a batch: 64 pictures of 128x128, 16 of 256x256
     usual_share: float = 0.75  # of the batches are of the usual size
     learning_rate: float = 1.5e-3

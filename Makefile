@@ -41,4 +41,4 @@ notebooks: .venv/.installed
 	$(NBCONVERT) --execute --inplace --ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
 
 bench: .venv/.installed
-	$(BIN)/python -m tests.benchmarks.blocks
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 $(BIN)/python -m tests.benchmarks.blocks

@@ -40,7 +40,9 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.scale)
 
     def forward(self, x: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape dim"]:
-        return F.rms_norm(x, self.scale.shape, eps=1e-6) * self.scale
+        wide = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # the sum of squares in one pass
+        return (x * torch.rsqrt(length.square() / x.shape[-1] + 1e-6)).type_as(x) * self.scale
 
 
 class QKNorm(nn.Module):

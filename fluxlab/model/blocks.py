@@ -55,25 +55,39 @@ class DoubleStreamBlock(nn.Module):
         img_mod1, img_mod2 = self.img_mod(vec)
         txt_mod1, txt_mod2 = self.txt_mod(vec)
 
-        # each stream makes its own queries, keys and values
-        img_q, img_k, img_v = self.img_attn.project(modulate(self.img_norm1(img), img_mod1.shift, img_mod1.scale))
-        txt_q, txt_k, txt_v = self.txt_attn.project(modulate(self.txt_norm1(txt), txt_mod1.shift, txt_mod1.scale))
-
-        # one attention over both
-        q = torch.cat((txt_q, img_q), dim=2)  # B H T+I D
-        k = torch.cat((txt_k, img_k), dim=2)
-        v = torch.cat((txt_v, img_v), dim=2)
-        joint = attention(q, k, v, pe)  # B T+I C
-        txt_attn, img_attn = joint[:, : txt.shape[1]], joint[:, txt.shape[1] :]
-
-        # apart again
+        # they meet
+        img_attn, txt_attn = self._attend(
+            modulate(self.img_norm1(img), img_mod1.shift, img_mod1.scale),
+            modulate(self.txt_norm1(txt), txt_mod1.shift, txt_mod1.scale),
+            pe,
+        )
         img = add_gated(img, img_mod1.gate, self.img_attn.proj(img_attn))
+        txt = add_gated(txt, txt_mod1.gate, self.txt_attn.proj(txt_attn))
+
+        # and go on apart
         img_mlp = self.img_mlp(modulate(self.img_norm2(img), img_mod2.shift, img_mod2.scale))
         img = add_gated(img, img_mod2.gate, img_mlp)
-        txt = add_gated(txt, txt_mod1.gate, self.txt_attn.proj(txt_attn))
         txt_mlp = self.txt_mlp(modulate(self.txt_norm2(txt), txt_mod2.shift, txt_mod2.scale))
         txt = add_gated(txt, txt_mod2.gate, txt_mlp)
         return img, txt
+
+    def _attend(
+        self,
+        img: Float[Tensor, "batch image_tokens channels"],
+        txt: Float[Tensor, "batch text_tokens channels"],
+        pe: Float[Tensor, "#batch 1 tokens pairs 2 2"],
+    ) -> tuple[Float[Tensor, "batch image_tokens channels"], Float[Tensor, "batch text_tokens channels"]]:
+        """One attention over both streams, each with queries, keys and values of its own."""
+        q, k, v = self.txt_attn.project(txt)
+        img_q, img_k, img_v = self.img_attn.project(img)
+        q = torch.cat((q, img_q), dim=2)  # B H T+I D
+        del img_q  # what is joined is not kept apart too
+        k = torch.cat((k, img_k), dim=2)
+        del img_k
+        v = torch.cat((v, img_v), dim=2)
+        del img_v
+        joint = attention(q, k, v, pe)  # B T+I C
+        return joint[:, txt.shape[1] :], joint[:, : txt.shape[1]]
 
 
 class SingleStreamBlock(nn.Module):
@@ -100,11 +114,22 @@ class SingleStreamBlock(nn.Module):
         pe: Float[Tensor, "#batch 1 tokens pairs 2 2"],
     ) -> Float[Tensor, "batch tokens channels"]:
         (mod,) = self.modulation(vec)
-        qkv, hidden = self.linear1(modulate(self.pre_norm(x), mod.shift, mod.scale)).split(self.widths, dim=-1)
+        branches = self._branches(modulate(self.pre_norm(x), mod.shift, mod.scale), pe)
+        return add_gated(x, mod.gate, self.linear2(torch.cat(branches, dim=-1)))  # B L C+M -> B L C
+
+    def _branches(
+        self, x: Float[Tensor, "batch tokens channels"], pe: Float[Tensor, "#batch 1 tokens pairs 2 2"]
+    ) -> tuple[Float[Tensor, "batch tokens channels"], Float[Tensor, "batch tokens hidden"]]:
+        """Attention and the MLP's hidden features, side by side."""
+        qkv, hidden = self.linear1(x).split(self.widths, dim=-1)
+        return self._attend(qkv, pe), self.mlp_act(hidden)
+
+    def _attend(
+        self, qkv: Float[Tensor, "batch tokens qkv"], pe: Float[Tensor, "#batch 1 tokens pairs 2 2"]
+    ) -> Float[Tensor, "batch tokens channels"]:
         q, k, v = rearrange(qkv, "b l (k h d) -> k b h l d", k=3, h=self.num_heads)
         q, k = self.norm(q, k)
-        joined = torch.cat((attention(q, k, v, pe), self.mlp_act(hidden)), dim=-1)  # B L C+M
-        return add_gated(x, mod.gate, self.linear2(joined))
+        return attention(q, k, v, pe)
 
 
 class LastLayer(nn.Module):

@@ -2,18 +2,18 @@
 
 The floor is what no arrangement of this model can do without on this machine: its matrix products (with their
 biases) and its attention, alone. The three run in turn, so that a machine that slows down slows all of them. Times
-are medians; figures that matter are ratios of one run. Run it on a quiet machine.
+are medians; the figures that matter are ratios of one run. Run it on a quiet machine. The Makefile has the C library
+keep freed memory for the next run: else the pages of large tensors, fetched anew each time, drown all the rest.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from itertools import accumulate
 
 import torch
 from diffusers.models.transformers.transformer_flux import (
@@ -22,6 +22,7 @@ from diffusers.models.transformers.transformer_flux import (
     FluxTransformerBlock,
 )
 from torch.nn import functional as F
+from torch.profiler import profile
 
 import fluxlab as fl
 from fluxlab.model.blocks import DoubleStreamBlock, SingleStreamBlock
@@ -93,20 +94,13 @@ def runs(dtype, image, text) -> dict[str, dict[str, Run]]:
     }
 
 
-def peak_memory(run: Run) -> float | None:
-    """MiB that one run adds to the resident memory at its peak; None where the system does not tell."""
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not clear.exists():
-        return None
-
-    def read(key: str) -> int:
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
-
-    gc.collect()
-    clear.write_text("5")
-    before = read("VmRSS")
-    run()
-    return (read("VmHWM") - before) / 1024
+def peak_memory(run: Run) -> float:
+    """MiB that one run holds at its peak beside what it was given, as torch's allocator saw it."""
+    with profile(profile_memory=True) as profiled:
+        run()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(accumulate(changes, initial=0)) / 2**20
 
 
 def measure(kinds: dict[str, Run], rounds: int) -> dict[str, list[float]]:
@@ -153,7 +147,7 @@ def report(block, dtype, image, text, kinds, rounds) -> None:
         shown.append(f"{median[name]:7.1f} (±{(high - low) * 500:4.1f})")
     outside = {name: median[name] - median["floor"] for name in ("ours", "diffusers")}
     shares = [f"{100 * outside[name] / median[name]:4.1f} %" for name in ("ours", "diffusers")]
-    peaks = [f"{m:6.0f}" if m is not None else "     ?" for m in memory.values()]
+    peaks = [f"{m:6.0f}" for m in memory.values()]
     print(
         f"{block:7} {str(dtype)[6:]:9} {image}+{text:<4} {'  '.join(shown)}  {'  '.join(shares)}  "
         f"{outside['ours'] / outside['diffusers']:5.2f}  {'  '.join(peaks)}",

@@ -1,8 +1,10 @@
 """fluxlab: FLUX.1, the whole model, open to look into. ``import fluxlab as fl``."""
 
 from fluxlab.config import VARIANTS, AutoEncoderConfig, ConfigError, FluxConfig, Variant, variant
+from fluxlab.inspect.capture import Tape, capture, patch
 from fluxlab.inspect.diagram import model_map
 from fluxlab.inspect.exercise import check
+from fluxlab.inspect.names import tensor_names
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.embeddings import timestep_embedding
 from fluxlab.model.rope import apply_rope, rope
@@ -27,10 +29,12 @@ __all__ = [
     "FluxInputs",
     "Pipeline",
     "Step",
+    "Tape",
     "Variant",
     "WeightsError",
     "apply_rope",
     "build",
+    "capture",
     "check",
     "denoise",
     "example_inputs",
@@ -40,8 +44,10 @@ __all__ = [
     "model_map",
     "noise",
     "pack",
+    "patch",
     "rope",
     "schedule",
+    "tensor_names",
     "text_ids",
     "timestep_embedding",
     "unpack",

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fluxlab.model.observe import Observed, See, unseen
 from fluxlab.model.rope import apply_rope
 
 
@@ -20,10 +21,12 @@ def attention(
     k: Float[Tensor, "batch heads tokens dim"],
     v: Float[Tensor, "batch heads tokens dim"],
     rotation: Float[Tensor, "#batch 1 tokens pairs 2 2"],
+    see: See = unseen,
 ) -> Float[Tensor, "batch tokens channels"]:
     """Rotate q and k, attend, and lay the heads side by side: ``softmax(q k^T / sqrt(D)) v``."""
     q, k = apply_rope(q, k, rotation)
-    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)")
+    q, k, v = see("q", q), see("k", k), see("v", v)  # each B H L D
+    return see("attended", rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)"))
 
 
 class RMSNorm(nn.Module):
@@ -62,7 +65,7 @@ class QKNorm(nn.Module):
         return self.query_norm(q), self.key_norm(k)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Observed):
     """One stream's share of a double block's attention: qkv before it, a projection after. The block attends."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
@@ -81,5 +84,5 @@ class SelfAttention(nn.Module):
     ]:
         """Queries and keys, normed, and values: one Linear, unpacked as ``(K H D)``."""
         q, k, v = rearrange(self.qkv(x), "b l (k h d) -> k b h l d", k=3, h=self.num_heads)
-        q, k = self.norm(q, k)
+        q, k = self.norm(self.see("q_raw", q), self.see("k_raw", k))
         return q, k, v

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fluxlab.model.attention import QKNorm, SelfAttention, attention
 from fluxlab.model.modulation import Modulation, add_gated, modulate
+from fluxlab.model.observe import Observed
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:
@@ -25,7 +26,7 @@ def mlp(dim: int, hidden_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, hidden_dim), nn.GELU(approximate="tanh"), nn.Linear(hidden_dim, dim))
 
 
-class DoubleStreamBlock(nn.Module):
+class DoubleStreamBlock(Observed):
     """Image and text, each with weights of its own, meet in one attention.
 
     Source: MMDiT of "Scaling Rectified Flow Transformers", Esser et al. 2024.
@@ -52,6 +53,7 @@ class DoubleStreamBlock(nn.Module):
         vec: Float[Tensor, "batch channels"],
         pe: Float[Tensor, "#batch 1 tokens pairs 2 2"],
     ) -> tuple[Float[Tensor, "batch image_tokens channels"], Float[Tensor, "batch text_tokens channels"]]:
+        img, txt = self.see("img.input", img), self.see("txt.input", txt)
         img_mod1, img_mod2 = self.img_mod(vec)
         txt_mod1, txt_mod2 = self.txt_mod(vec)
 
@@ -61,14 +63,14 @@ class DoubleStreamBlock(nn.Module):
             modulate(self.txt_norm1(txt), txt_mod1.shift, txt_mod1.scale),
             pe,
         )
-        img = add_gated(img, img_mod1.gate, self.img_attn.proj(img_attn))
-        txt = add_gated(txt, txt_mod1.gate, self.txt_attn.proj(txt_attn))
+        img = self.see("img.middle", add_gated(img, img_mod1.gate, self.img_attn.proj(img_attn)))
+        txt = self.see("txt.middle", add_gated(txt, txt_mod1.gate, self.txt_attn.proj(txt_attn)))
 
         # and go on apart
         img_mlp = self.img_mlp(modulate(self.img_norm2(img), img_mod2.shift, img_mod2.scale))
-        img = add_gated(img, img_mod2.gate, img_mlp)
+        img = self.see("img.output", add_gated(img, img_mod2.gate, img_mlp))
         txt_mlp = self.txt_mlp(modulate(self.txt_norm2(txt), txt_mod2.shift, txt_mod2.scale))
-        txt = add_gated(txt, txt_mod2.gate, txt_mlp)
+        txt = self.see("txt.output", add_gated(txt, txt_mod2.gate, txt_mlp))
         return img, txt
 
     def _attend(
@@ -86,11 +88,11 @@ class DoubleStreamBlock(nn.Module):
         del img_k
         v = torch.cat((v, img_v), dim=2)
         del img_v
-        joint = attention(q, k, v, pe)  # B T+I C
+        joint = attention(q, k, v, pe, self.see)  # B T+I C
         return joint[:, txt.shape[1] :], joint[:, : txt.shape[1]]
 
 
-class SingleStreamBlock(nn.Module):
+class SingleStreamBlock(Observed):
     """Text and image as one sequence; attention and MLP side by side, from one Linear and into one Linear.
 
     Source: "Scaling Vision Transformers to 22 Billion Parameters", Dehghani et al. 2023.
@@ -113,9 +115,11 @@ class SingleStreamBlock(nn.Module):
         vec: Float[Tensor, "batch channels"],
         pe: Float[Tensor, "#batch 1 tokens pairs 2 2"],
     ) -> Float[Tensor, "batch tokens channels"]:
+        x = self.see("input", x)
         (mod,) = self.modulation(vec)
         branches = self._branches(modulate(self.pre_norm(x), mod.shift, mod.scale), pe)
-        return add_gated(x, mod.gate, self.linear2(torch.cat(branches, dim=-1)))  # B L C+M -> B L C
+        x = add_gated(x, mod.gate, self.linear2(torch.cat(branches, dim=-1)))  # B L C+M -> B L C
+        return self.see("output", x)
 
     def _branches(
         self, x: Float[Tensor, "batch tokens channels"], pe: Float[Tensor, "#batch 1 tokens pairs 2 2"]
@@ -128,11 +132,11 @@ class SingleStreamBlock(nn.Module):
         self, qkv: Float[Tensor, "batch tokens qkv"], pe: Float[Tensor, "#batch 1 tokens pairs 2 2"]
     ) -> Float[Tensor, "batch tokens channels"]:
         q, k, v = rearrange(qkv, "b l (k h d) -> k b h l d", k=3, h=self.num_heads)
-        q, k = self.norm(q, k)
-        return attention(q, k, v, pe)
+        q, k = self.norm(self.see("q_raw", q), self.see("k_raw", k))
+        return attention(q, k, v, pe, self.see)
 
 
-class LastLayer(nn.Module):
+class LastLayer(Observed):
     """Features become one velocity for each number of the token's patch, modulated a last time."""
 
     def __init__(self, hidden_size: int, out_channels: int) -> None:
@@ -145,4 +149,4 @@ class LastLayer(nn.Module):
         self, x: Float[Tensor, "batch image_tokens channels"], vec: Float[Tensor, "batch channels"]
     ) -> Float[Tensor, "batch image_tokens out_channels"]:
         shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)  # the diffusers layout swaps them
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(modulate(self.norm_final(x), self.see("shift", shift), self.see("scale", scale)))

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from fluxlab.config import ConfigError, FluxConfig, variant
 from fluxlab.model.blocks import DoubleStreamBlock, LastLayer, SingleStreamBlock
 from fluxlab.model.embeddings import EMBEDDING_DIM, MLPEmbedder, timestep_embedding
+from fluxlab.model.observe import Observed
 from fluxlab.model.rope import EmbedND
 
 
-class Flux(nn.Module):
+class Flux(Observed):
     """The rectified flow transformer of FLUX.1, Black Forest Labs 2024. Sizes come from the config alone."""
 
     def __init__(self, config: FluxConfig) -> None:
@@ -71,12 +72,12 @@ class Flux(nn.Module):
         vec = self.time_in(timestep_embedding(timesteps).type_as(img))
         if self.guidance_in is not None and guidance is not None:
             vec = vec + self.guidance_in(timestep_embedding(guidance).type_as(img))
-        vec = vec + self.vector_in(y)  # B C
+        vec = self.see("vec", vec + self.vector_in(y))  # B C
 
         # 2. tokens, and where each of them is
-        img = self.img_in(img)  # B I C
+        img = self.img_in(self.see("img", img))  # B I C
         txt = self.txt_in(txt)  # B T C
-        pe = self.pe_embedder(torch.cat((txt_ids, img_ids), dim=1))  # B 1 T+I D/2 2 2
+        pe = self.see("pe", self.pe_embedder(torch.cat((txt_ids, img_ids), dim=1)))  # B 1 T+I D/2 2 2
 
         # 3. two streams that meet in attention
         for block in self.double_blocks:
@@ -88,7 +89,7 @@ class Flux(nn.Module):
             x = block(x, vec, pe)
 
         # 5. the text has done its work
-        return self.final_layer(x[:, txt.shape[1] :], vec)
+        return self.see("velocity", self.final_layer(x[:, txt.shape[1] :], vec))
 
     def _check(self, **given: Tensor | None) -> None:
         """What does not fit is named before any work is done; shapes and dtypes alone are read, no values."""

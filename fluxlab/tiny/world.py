@@ -26,7 +26,7 @@ COLOURS = {
     "pink": (250, 140, 190),
 }
 BACKGROUNDS = {"white": (250, 250, 250), "black": (12, 12, 12), "gray": (128, 128, 128), "navy": (16, 24, 72)}
-SIZES = {"small": 0.13, "large": 0.21}  # radius over the shorter side of the picture
+SIZES = {"small": 0.15, "large": 0.21}  # radius over the shorter side of the picture
 PLACES = {"left": (0.28, 0.5), "right": (0.72, 0.5), "top": (0.5, 0.28), "bottom": (0.5, 0.72), "center": (0.5, 0.5)}
 RELATIONS = ("left of", "above")
 PICTURE_SIZES = ((128, 128), (128, 192), (192, 128), (192, 192), (256, 256))  # height, width in pixels
@@ -143,7 +143,7 @@ def draw_scene(
     masks: list[NDArray[np.float64]] = []
     for thing, (x, y) in zip(scene.things, _centres(scene, rng), strict=True):
         radius = SIZES[thing.size] * min(height, width) * rng.uniform(0.93, 1.07)
-        mask = shape_coverage(thing.shape, (x * width, y * height), radius, rng.uniform(-0.12, 0.12), height, width)
+        mask = shape_coverage(thing.shape, (x * width, y * height), radius, rng.uniform(-0.08, 0.08), height, width)
         pixels = pixels + mask[..., None] * (_jittered(COLOURS[thing.colour], 8, rng) - pixels)
         masks = [m * (1 - mask) for m in masks] + [mask]
     rounded = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
@@ -158,7 +158,7 @@ def _centres(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]
     """Centre of each thing, as shares of width and height."""
     if len(scene.things) == 1:
         x, y = PLACES[scene.where]
-        return [(x + rng.uniform(-0.04, 0.04), y + rng.uniform(-0.04, 0.04))]
+        return [(x + rng.uniform(-0.03, 0.03), y + rng.uniform(-0.03, 0.03))]
     along = (0.27 + rng.uniform(-0.02, 0.02), 0.73 + rng.uniform(-0.02, 0.02))
     across = (0.5 + rng.uniform(-0.14, 0.14), 0.5 + rng.uniform(-0.14, 0.14))
     pairs = list(zip(along, across, strict=True))

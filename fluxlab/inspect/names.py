@@ -1,0 +1,97 @@
+"""Which inner tensors a module has, and what a name, a pattern, a list or a function picks from them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from fluxlab.config import variant
+from fluxlab.glossary import entries, table
+from fluxlab.inspect.table import Table
+from fluxlab.model.blocks import DoubleStreamBlock, SingleStreamBlock
+from fluxlab.model.transformer import Flux
+from fluxlab.pipeline.latents import grid
+
+Names = str | Iterable[str] | Callable[[str], bool]
+
+
+def tensor_names(name: str, height: int | None = None, width: int | None = None, batch: int = 1) -> Table:
+    """What ``capture`` can reach in a variant: names, shapes, meanings, with nothing run.
+
+    Args:
+        name: of the variant.
+        height: of the picture, in pixels; by default the variant's usual one.
+        width: likewise.
+        batch: pictures at once.
+
+    Raises:
+        ConfigError: no such variant.
+        ValueError: a size is not a positive multiple of 16.
+    """
+    chosen = variant(name)
+    rows, columns = grid(*(chosen.size if side is None else side for side in (height, width)))
+    found = table(chosen.transformer, "tensor")
+    sizes = {"batch": batch, "text": chosen.t5_length, "image": rows * columns}
+    return Table(
+        {"name": each, "shape": entry.shape(chosen.transformer, **sizes), "axes": entry.axes, "what": entry.meaning}
+        for each, entry in found.items()
+    )
+
+
+def available(module: nn.Module) -> list[str]:
+    """The names that a pattern is matched with: the glossary's for a ``Flux`` or its blocks, else each layer's."""
+    if isinstance(module, Flux):
+        return ["img", *table(module.config, "tensor")]
+    if isinstance(module, DoubleStreamBlock | SingleStreamBlock):
+        head = "double_blocks.{i}." if isinstance(module, DoubleStreamBlock) else "single_blocks.{i}."
+        return [e.name.removeprefix(head) for e in entries() if e.kind == "tensor" and e.name.startswith(head)]
+    return [name for name, part in module.named_modules() if name and not list(part.children())]
+
+
+def choose(module: nn.Module, names: Names) -> list[str]:
+    """The names asked for, in the order of the forward.
+
+    Attention weights are chosen by a pattern that has the word, or by a function: they are never taken by the way.
+
+    Raises:
+        ValueError: a name or pattern picks nothing; the message gives the nearest names.
+    """
+    known = available(module)
+    if callable(names):
+        chosen = {name for name in known if names(name)}
+        if not chosen:
+            raise ValueError(f"names is a function that chose none of the {len(known)} tensors, such as {known[0]!r}")
+        return [name for name in known if name in chosen]
+    patterns = [names] if isinstance(names, str) else list(names)
+    if not patterns:
+        raise ValueError("names is empty; give a name, a pattern such as 'double_blocks.*.img.output', or a list")
+    modules = {name for name, _ in module.named_modules() if name}
+    found: set[str] = set()
+    extra: list[str] = []
+    for pattern in patterns:
+        matched = [n for n in known if fnmatchcase(n, pattern) and ("attention" in pattern or not _is_attention(n))]
+        if not matched and pattern in modules:
+            extra.append(pattern)
+        elif not matched:
+            raise ValueError(f"{pattern!r} is none of the tensors here; {_nearest(pattern, [*known, *modules])}")
+        found.update(matched)
+    return [name for name in known if name in found] + extra
+
+
+def _is_attention(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] == "attention"
+
+
+def _nearest(pattern: str, known: list[str]) -> str:
+    """Compared without block numbers, so that another block's name is as near as it looks."""
+
+    def plain(name: str) -> str:
+        return re.sub(r"\d+|\*", "0", name)
+
+    by_plain = {plain(name): name for name in reversed(known)}
+    near = difflib.get_close_matches(plain(pattern), by_plain, n=3, cutoff=0.3)
+    return "did you mean " + " or ".join(repr(by_plain[each]) for each in near) if near else f"they are {known[:5]} ..."

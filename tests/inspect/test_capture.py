@@ -1,0 +1,284 @@
+"""Looking at inner tensors leaves the model as it was, whatever happens; changing them lasts as long as it should."""
+
+import pytest
+import torch
+
+import fluxlab as fl
+from fluxlab.inspect.names import available
+from tests.conftest import SMALL_AUTOENCODER, linux, peak_anonymous_memory, randomise
+
+INPUTS = {"height": 64, "width": 48, "batch": 2}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return randomise(fl.build("flux-tiny-dev"))
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return fl.example_inputs("flux-tiny-dev", **INPUTS).kwargs()
+
+
+@pytest.fixture(scope="module")
+def everything(model, inputs):
+    with torch.no_grad(), fl.capture(model, [*available(model), "*attention"]) as tape:
+        model(**inputs)
+    return tape
+
+
+def test_every_name_is_captured_with_the_shape_that_the_list_gives(everything):
+    listed = {row["name"]: row["shape"] for row in fl.tensor_names("flux-tiny-dev", **INPUTS)}
+    assert {name: tuple(tensor.shape) for name, tensor in everything.items() if name != "img"} == listed
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "flux-fill-dev"])
+def test_the_full_size_names_and_shapes_hold_on_the_meta_device(name):
+    model = fl.build(name, device="meta")
+    inputs = fl.example_inputs(name, height=512, width=512, device="meta")
+    listed = {row["name"]: row["shape"] for row in fl.tensor_names(name, 512, 512) if "attention" not in row["name"]}
+    with fl.capture(model, list(listed), limit=1e9) as tape:
+        model(**inputs.kwargs())
+    assert {each: tuple(tensor.shape) for each, tensor in tape.items()} == listed
+
+
+def test_the_output_is_the_same_to_the_bit(model, inputs):
+    with torch.no_grad():
+        plain = model(**inputs)
+        with fl.capture(model, "*"):
+            watched = model(**inputs)
+    assert torch.equal(plain, watched)
+
+
+def traces(model):
+    return [
+        (name, module.__dict__.get("observers"), list(module._forward_hooks), list(module._forward_pre_hooks))
+        for name, module in model.named_modules()
+        if "observers" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks
+    ]
+
+
+def test_nothing_stays_behind(model, inputs):
+    with fl.capture(model, "*"), fl.patch(model, "vec", lambda x: x):
+        assert traces(model)
+        model(**inputs)
+    assert traces(model) == []
+
+
+def test_nothing_stays_behind_when_the_run_fails(model, inputs):
+    with pytest.raises(RuntimeError, match="stop"), fl.capture(model, "*") as tape, fl.patch(model, "vec", stop):
+        model(**inputs)
+    assert traces(model) == []
+    assert set(tape) == {"time_in", "guidance_in", "vector_in", "vec"}
+
+
+def stop(tensor):
+    raise RuntimeError("stop")
+
+
+def test_captures_nest(model, inputs):
+    with torch.no_grad(), fl.capture(model, "vec") as outer:
+        with fl.capture(model, ["vec", "single_blocks.0.q"]) as inner:
+            model(**inputs)
+        model(**inputs)
+    assert (outer.forwards, inner.forwards) == (2, 1)
+    assert torch.equal(outer.forward(0)["vec"], inner["vec"])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("double_blocks.0.img_att.qkv", "double_blocks.0.img_attn.qkv"),
+        ("double_blocks.9.q", "double_blocks.0.q"),
+        ("velocty", "velocity"),
+        ("single_blocks.*.gates", "gate"),
+    ],
+)
+def test_a_wrong_name_is_told_the_nearest(model, name, said):
+    with pytest.raises(ValueError, match="did you mean") as error, fl.capture(model, name):
+        pass
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("names", [[], lambda name: False])
+def test_no_name_is_refused(model, names):
+    with pytest.raises(ValueError, match="names is"), fl.capture(model, names):
+        pass
+
+
+def test_names_may_be_a_list_or_a_function(model, inputs):
+    with torch.no_grad(), fl.capture(model, ["vec", "pe"]) as listed:
+        model(**inputs)
+    with torch.no_grad(), fl.capture(model, lambda name: name in ("vec", "pe")) as chosen:
+        model(**inputs)
+    assert list(listed) == list(chosen) == ["vec", "pe"]
+
+
+def test_attention_is_taken_only_when_named(model, inputs):
+    with torch.no_grad(), fl.capture(model, "double_blocks.0.*") as tape:
+        model(**inputs)
+    assert "double_blocks.0.attended" in tape
+    assert "double_blocks.0.attention" not in tape
+
+
+@pytest.mark.parametrize("block", ["double_blocks.1", "single_blocks.3"])
+def test_attention_weights_times_values_are_what_attention_gave(everything, block):
+    weights, v = everything[f"{block}.attention"], everything[f"{block}.v"]
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    torch.testing.assert_close((weights @ v).transpose(1, 2).flatten(2), everything[f"{block}.attended"])
+
+
+def test_attention_is_cut_and_averaged_on_the_way(model, inputs, everything):
+    whole = everything["single_blocks.1.attention"]
+    text = everything.text_tokens
+    for options, expected in (
+        ({"heads": [2, 0]}, whole[:, [2, 0]]),
+        ({"queries": "image", "keys": "text"}, whole[:, :, text:, :text]),
+        ({"queries": "text", "keys": slice(3, 9)}, whole[:, :, :text, 3:9]),
+        ({"mean_heads": True}, whole.mean(1, keepdim=True)),
+    ):
+        with torch.no_grad(), fl.capture(model, "single_blocks.1.attention", **options) as tape:
+            model(**inputs)
+        torch.testing.assert_close(tape["single_blocks.1.attention"], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"heads": [9]}, "heads 0 to 3"), ({"queries": "images"}, "slice, 'text' or 'image'")],
+)
+@pytest.mark.usefixtures("as_users_run_it")
+def test_attention_of_what_is_not_there_is_refused(model, inputs, options, said):
+    with pytest.raises(ValueError, match=said), fl.capture(model, "*.attention", **options):
+        model(**inputs)
+    assert traces(model) == []
+
+
+def test_the_tape_stops_at_its_limit(model, inputs):
+    with pytest.raises(MemoryError, match="raise limit"), fl.capture(model, "*", limit=1e-3):
+        model(**inputs)
+    assert traces(model) == []
+
+
+def test_tensors_are_parked_as_asked(model, inputs):
+    with torch.no_grad(), fl.capture(model, ["vec", "*0.attention"], dtype=torch.float16, device="cpu") as tape:
+        model(**inputs)
+    assert {tensor.dtype for tensor in tape.values()} == {torch.float16}
+
+
+def test_what_is_kept_is_no_view(everything):
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in everything.values())
+
+
+def test_a_sampling_run_keeps_each_step_apart(tiny):
+    seen = []
+    with fl.capture(tiny.model, ["clean", "img"], forwards=[0, 2]) as tape:
+        tiny("a red circle on a white background", num_steps=3, callback=seen.append, progress=False)
+    assert tape.forwards == 3
+    assert tape.stack("clean").shape[0] == 2
+    for index in (0, 2):
+        torch.testing.assert_close(tape.forward(index)["clean"], seen[index].clean.to(tape.forward(index)["clean"]))
+    with pytest.raises(KeyError, match=r"tape\.forward\(0\)"):
+        tape["clean"]
+    with pytest.raises(IndexError, match=r"\[0, 2\]"):
+        tape.forward(1)
+
+
+def test_a_block_alone_can_be_watched(model):
+    c = model.config
+    img, txt, vec = (torch.randn(1, *shape) for shape in ((12, c.hidden_size), (5, c.hidden_size), (c.hidden_size,)))
+    pe = model.pe_embedder(torch.zeros(1, 17, 3))
+    with torch.no_grad(), fl.capture(model.double_blocks[0], ["attention", "img_mod.gate1"], keys="text") as tape:
+        model.double_blocks[0](img, txt, vec, pe)
+    assert tape["attention"].shape == (1, c.num_heads, 17, 5)
+    with pytest.raises(ValueError, match="give a slice"), fl.capture(model.single_blocks[0], "attention", keys="text"):
+        model.single_blocks[0](torch.cat((txt, img), 1), vec, pe)
+
+
+def test_any_module_can_be_watched():
+    decoder = fl.AutoEncoder(SMALL_AUTOENCODER).decoder
+    with torch.no_grad(), fl.capture(decoder, ["mid.attn_1", "conv_*"]) as tape:
+        decoder(torch.randn(1, 4, 4, 4))
+    assert list(tape) == ["conv_in", "mid.attn_1", "conv_out"]
+
+
+def test_the_table_flags_what_is_not_finite(model, inputs):
+    def spoil(vec):
+        return torch.full_like(vec, float("nan"))
+
+    with torch.no_grad(), fl.patch(model, "vec", spoil), fl.capture(model, ["vec", "img_in"]) as tape:
+        model(**inputs)
+    flagged = dict(zip(tape.table.column("name"), tape.table.column("not finite"), strict=True))
+    assert flagged == {"vec": "256!", "img_in": ""}
+    assert "256!" in repr(tape)
+    assert "<table>" in tape._repr_html_()
+
+
+def test_a_tape_comes_back_from_its_file(everything, tmp_path):
+    everything.save(tmp_path / "tape.safetensors")
+    again = fl.Tape.load(tmp_path / "tape.safetensors")
+    assert (again.forwards, again.text_tokens) == (1, everything.text_tokens)
+    assert set(again) == set(everything)
+    assert all(torch.equal(again[name], everything[name]) for name in everything)
+
+
+def test_a_file_that_is_no_tape_is_refused(tmp_path, model, everything):
+    fl.FluxInputs(**dict(fl.example_inputs("flux-tiny-dev").kwargs().items())).save(tmp_path / "inputs")
+    with pytest.raises(fl.WeightsError, match="not a tape"):
+        fl.Tape.load(tmp_path / "inputs")
+    everything.save(tmp_path / "tape")
+    (tmp_path / "short").write_bytes((tmp_path / "tape").read_bytes()[:-100])
+    with pytest.raises(fl.WeightsError):
+        fl.Tape.load(tmp_path / "short")
+
+
+@pytest.mark.parametrize("name", ["double_blocks.0.img_mod.gate1", "single_blocks.2.v", "single_blocks.0.mlp_act"])
+def test_a_patch_goes_on_and_ends(model, inputs, name):
+    with torch.no_grad():
+        before = model(**inputs)
+        with fl.patch(model, name, lambda x: 3 * x), fl.capture(model, name) as tape:
+            during = model(**inputs)
+        with fl.capture(model, name) as plain:
+            after = model(**inputs)
+    assert torch.equal(before, after)
+    assert not torch.allclose(before, during)
+    torch.testing.assert_close(tape[name], 3 * plain[name])
+
+
+def test_attention_weights_can_be_patched(model, inputs):
+    with torch.no_grad():
+        plain = model(**inputs)
+        with fl.patch(model, "*.attention", lambda weights: weights):
+            same = model(**inputs)
+        with (
+            fl.patch(model, "*.attention", lambda weights: torch.zeros_like(weights)),
+            fl.capture(model, "*.attended") as tape,
+        ):
+            model(**inputs)
+    torch.testing.assert_close(plain, same, atol=1e-5, rtol=1e-5)
+    assert all(not tensor.any() for tensor in tape.values())
+
+
+def test_a_patch_that_does_not_fit_is_refused(model, inputs):
+    with pytest.raises(ValueError, match="one it took"), fl.patch(model, "vec", lambda x: x[:1]):
+        model(**inputs)
+    with pytest.raises(ValueError, match="change 'velocity' instead"), fl.patch(model, "clean", lambda x: x):
+        pass
+
+
+@linux
+def test_a_map_of_4608_tokens_needs_no_two_gigabytes():
+    """One full-width single block: what image tokens read of the text, the mean of the 24 heads."""
+    setup = """
+from fluxlab.model.blocks import SingleStreamBlock
+block = SingleStreamBlock(3072, 24, 12288).to(torch.bfloat16)
+x, vec = torch.randn(1, 4608, 3072).bfloat16(), torch.randn(1, 3072).bfloat16()
+pe = fl.build('flux-dev', depth=0, depth_single_blocks=0).pe_embedder(torch.zeros(1, 4608, 3))
+torch.set_grad_enabled(False)
+block(x[:, :64], vec, pe[:, :, :64])
+"""
+    look = 'with fl.capture(block, "attention", keys=slice(0, 512), queries=slice(512, 4608), mean_heads=True) as tape:'
+    plain = peak_anonymous_memory(setup, "block(x, vec, pe)")
+    looking = peak_anonymous_memory(
+        setup, f"{look}\n    block(x, vec, pe)\nassert tape['attention'].shape[1:] == (1, 4096, 512)"
+    )
+    assert looking - plain < 400 * 2**20  # the whole map is 24 * 4608 * 4608 * 4 bytes, 1.9 GiB

@@ -2,9 +2,11 @@
 
 from fluxlab.config import VARIANTS, AutoEncoderConfig, ConfigError, FluxConfig, Variant, variant
 from fluxlab.inspect.capture import Tape, capture, patch
+from fluxlab.inspect.compare import compare
 from fluxlab.inspect.diagram import model_map
 from fluxlab.inspect.exercise import check
 from fluxlab.inspect.names import tensor_names
+from fluxlab.inspect.tables import flops, memory, parameter_table, summary
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.embeddings import timestep_embedding
 from fluxlab.model.rope import apply_rope, rope
@@ -36,17 +38,22 @@ __all__ = [
     "build",
     "capture",
     "check",
+    "compare",
     "denoise",
     "example_inputs",
+    "flops",
     "image_ids",
     "load",
     "load_weights",
+    "memory",
     "model_map",
     "noise",
     "pack",
+    "parameter_table",
     "patch",
     "rope",
     "schedule",
+    "summary",
     "tensor_names",
     "text_ids",
     "timestep_embedding",

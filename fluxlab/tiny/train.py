@@ -57,12 +57,13 @@ class Recipe:
     autoencoder_steps: int = 2_600
     autoencoder_batch: int = 16
     divergence: float = 4e-3  # weight of the posterior's divergence from unit noise
-    pictures: int = 24_000  # of the usual size; a sixteenth of that for each other size
-    flow_steps: int = 8_500
+    pictures: int = 24_000  # of the usual size; a sixteenth of that, or fewer, for each other size
+    flow_steps: int = 14_000
     guidance_steps: int = 1_500
     image_tokens: int = 4_096  # in a batch: 64 pictures of 128x128, 16 of 256x256
-    usual_share: float = 0.75  # of the batches are of the usual size
-    learning_rate: float = 1.5e-3
+    usual_share: float = 0.8  # of the batches are of the usual size
+    learning_rate: float = 2.5e-3
+    autoencoder_learning_rate: float = 1.5e-3
     caption_dropout: float = 0.1
     save_every: int = 500
     compile: bool = True
@@ -121,29 +122,41 @@ def fit(
 ) -> None:
     """Train a module, resuming what ``run`` holds of this stage; leave it with its averaged weights.
 
-    AdamW, a learning rate that warms up and falls as a cosine, gradients cut at norm 1, and an exponential moving
-    average of the weights, whose memory grows with the steps.
+    Muon for the matrices of the blocks (modulation left out) and AdamW for all else, a learning rate that warms up
+    and falls as a cosine, gradients cut at norm 1, and an exponential moving average of the weights, whose memory
+    grows with the steps.
+
+    Source: "Muon is Scalable for LLM Training", Liu et al. 2025.
     """
     path, record = run / f"{stage}.state.safetensors", run / f"{stage}.jsonl"
-    parameters: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    parameters: list[Tensor] = list(named.values())
+    matrices = [p for name, p in named.items() if p.ndim == 2 and "_blocks" in name and "mod" not in name]
+    others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    ]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     average = [p.detach().clone() for p in parameters]
-    start = _restore(path, parameters, average, optimizer) if path.exists() else 0
+    start = _restore(path, parameters, average, optimizers) if path.exists() else 0
     losses: list[float] = []
     began = time.monotonic()
     module.train()
     with tqdm(range(start, steps), desc=stage, initial=start, total=steps, unit="step", mininterval=10) as bar:
         for step in bar:
             warm, done = min(1.0, (step + 1) / (0.05 * steps + 1)), step / steps
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * done))
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * done))
             generator = torch.Generator("cpu").manual_seed(recipe.seed * 1_000_003 + step)
             with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
                 value = loss(generator)
-            optimizer.zero_grad()
+            module.zero_grad()
             value.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(0.999, (1 + step) / (10 + step)))
             losses.append(value.item())
             if (step + 1) % min(50, recipe.save_every) == 0:
@@ -154,7 +167,7 @@ def fit(
                     file.write(json.dumps(entry) + "\n")
                 losses.clear()
             if (step + 1) % recipe.save_every == 0 or step + 1 == steps:
-                _save(path, step + 1, parameters, average, optimizer)
+                _save(path, step + 1, parameters, average, optimizers)
                 if preview is not None:
                     with _averaged(parameters, average):
                         module.eval()
@@ -180,24 +193,31 @@ def _averaged(parameters: list[Tensor], average: list[Tensor]) -> Iterator[None]
 
 
 def _save(
-    path: Path, step: int, parameters: list[Tensor], average: list[Tensor], optimizer: torch.optim.Optimizer
+    path: Path, step: int, parameters: list[Tensor], average: list[Tensor], optimizers: list[torch.optim.Optimizer]
 ) -> None:
     tensors: dict[str, Tensor] = {"step": torch.tensor(step)}
     for i, p in enumerate(parameters):
         tensors |= {f"{i}.value": p, f"{i}.average": average[i]}
-        tensors |= {f"{i}.{key}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq", "step")}
+        tensors |= {f"{i}.{key}": value for each in optimizers for key, value in each.state.get(p, {}).items()}
     write_tensors(tensors, path)
 
 
-def _restore(path: Path, parameters: list[Tensor], average: list[Tensor], optimizer: torch.optim.Optimizer) -> int:
+def _restore(
+    path: Path, parameters: list[Tensor], average: list[Tensor], optimizers: list[torch.optim.Optimizer]
+) -> int:
     saved = Checkpoint(path)
+    owner = {id(p): each for each in optimizers for group in each.param_groups for p in group["params"]}
     with torch.no_grad():
         for i, p in enumerate(parameters):
             p.copy_(saved[f"{i}.value"])
             average[i].copy_(saved[f"{i}.average"])
-            state = {key: torch.empty_like(p).copy_(saved[f"{i}.{key}"]) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = state | {"step": saved[f"{i}.step"]}  # in the weight's memory layout, as it was
+            state = {key: saved[f"{i}.{key}"] for key in _STATE if f"{i}.{key}" in saved.entries}
+            # in the weight's memory layout, as it was
+            owner[id(p)].state[p] = {k: torch.empty_like(p).copy_(v) if v.ndim else v for k, v in state.items()}
     return int(saved["step"])
+
+
+_STATE = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")  # what AdamW and Muon keep of a weight
 
 
 def _compiled(recipe: Recipe, module: Any) -> Any:
@@ -258,7 +278,8 @@ def train_autoencoder(run: Path, recipe: Recipe) -> AutoEncoder:
         print(f"\nautoencoder, step {step}: {(-10 * errors.log10()).mean():.1f} dB on held-out pictures", flush=True)
         _save_grid(run / f"autoencoder-{step:05d}.png", torch.cat((truth[:8], again[:8])), 8)
 
-    fit("autoencoder", autoencoder, loss, recipe.autoencoder_steps, run, recipe, preview)
+    slower = replace(recipe, learning_rate=recipe.autoencoder_learning_rate)
+    fit("autoencoder", autoencoder, loss, recipe.autoencoder_steps, run, slower, preview)
     autoencoder.requires_grad_(False)
     return _measured(autoencoder, _to_float(pixels[:512]))
 
@@ -284,7 +305,9 @@ def _measured(autoencoder: AutoEncoder, pixels: Tensor) -> AutoEncoder:
 def encode_pictures(run: Path, recipe: Recipe, autoencoder: AutoEncoder) -> None:
     """Draw the training pictures of each size and keep their latents and captions."""
     for height, width in PICTURE_SIZES:
-        number = recipe.pictures if (height, width) == (DEV.size, DEV.size) else max(1, recipe.pictures // 16)
+        usual = (height, width) == (DEV.size, DEV.size)
+        others = max(1, 3 * recipe.pictures * DEV.size**2 // (32 * height * width))  # the larger, the fewer
+        number = recipe.pictures if usual else others
 
         def make(height: int = height, width: int = width, number: int = number) -> dict[str, Tensor]:
             latents, captions = [], []

@@ -1,0 +1,132 @@
+"""Where two runs part: the first tensor that differs, and by how much, in float32 and in float64.
+
+When two implementations differ, a wider dtype tells why: rounding shrinks, a mistake does not. Opened in chapter 07.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fluxlab.inspect.capture import capture
+from fluxlab.inspect.names import available
+from fluxlab.inspect.table import Table
+from fluxlab.model.transformer import Flux
+from fluxlab.pipeline.inputs import FluxInputs
+from fluxlab.weights.layouts import rules
+
+Run = Mapping[str, Tensor] | nn.Module
+
+
+class Comparison:
+    """Every tensor that two runs have in common, in the order in which the first made them."""
+
+    def __init__(self, table: Table, tolerance: float, measured: str) -> None:
+        self.table = table
+        self._tolerance, self._measured = tolerance, measured
+
+    @property
+    def first(self) -> str | None:
+        """The first tensor that differs by more than the tolerance; None where none does."""
+        return next((row["name"] for row in self.table if not row[self._measured] <= self._tolerance), None)
+
+    def __repr__(self) -> str:
+        said = f"the same within {self._tolerance:g}" if self.first is None else f"they part at {self.first}"
+        return f"{self.table!r}\n{len(self.table)} tensors: {said} ({self._measured})"
+
+
+def compare(
+    a: Run, b: Run, inputs: FluxInputs | Mapping[str, Tensor] | None = None, tolerance: float = 1e-5
+) -> Comparison:
+    """Hold the tensors of two runs against each other.
+
+    Each of the two is a tape, a dict of named tensors, or a module; modules are run here on ``inputs``, as copies,
+    in float32 and again in float64. A ``FluxTransformer2DModel`` of diffusers is run as it wants to be, and what its
+    layers give is put under the official names.
+
+    Args:
+        a: the first run.
+        b: the second.
+        inputs: what the modules are called with, by name.
+        tolerance: largest difference over the largest value that counts as the same; it is asked of float64 where
+            that was run.
+
+    Raises:
+        ValueError: a module without inputs, or no name in common; shapes that differ.
+    """
+    widths = [torch.float32, torch.float64] if isinstance(a, nn.Module) and isinstance(b, nn.Module) else [None]
+    rows: dict[str, dict[str, Any]] = {}
+    for dtype in widths:
+        ours, theirs = (_tensors(run, inputs, dtype) for run in (a, b))
+        if isinstance(a, Flux) and not isinstance(b, Flux | Mapping):
+            theirs = _official(theirs, a)
+        elif isinstance(b, Flux) and not isinstance(a, Flux | Mapping):
+            ours = _official(ours, b)
+        common = [name for name in ours if name in theirs]
+        if not common:
+            raise ValueError(f"a and b have no name in common: a has {list(ours)[:4]}, b has {list(theirs)[:4]}")
+        for name in common:
+            largest, relative = _difference(name, ours[name], theirs[name])
+            row = rows.setdefault(name, {"name": name, "shape": tuple(ours[name].shape)})
+            run = "" if dtype is None else f"{dtype}, ".removeprefix("torch.")
+            row |= {f"{run}largest": largest, f"{run}relative": relative}
+    table = Table(rows.values())
+    return Comparison(table, tolerance, list(table[0])[-1])
+
+
+def _difference(name: str, a: Tensor, b: Tensor) -> tuple[float, float]:
+    """The largest difference, and the same over the largest value of ``a``; not-a-number where there is one."""
+    if a.shape != b.shape:
+        raise ValueError(f"{name} has shape {tuple(a.shape)} in a and {tuple(b.shape)} in b")
+    largest = (a.double() - b.double()).abs().max().item()
+    size = a.double().abs().max().item()
+    return largest, largest / size if size else largest
+
+
+def _tensors(
+    run: Run, inputs: FluxInputs | Mapping[str, Tensor] | None, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    if not isinstance(run, nn.Module):
+        return dict(run)
+    if inputs is None:
+        raise ValueError("inputs is None; a module is run to be compared: give what it is called with, by name")
+    module = copy.deepcopy(run).eval()
+    given = dict(inputs.kwargs() if isinstance(inputs, FluxInputs) else inputs)
+    if dtype is not None:
+        module = module.to(dtype)
+        given = {name: t.to(dtype) if name in ("img", "txt", "y", "vec", "x") else t for name, t in given.items()}
+    names = available(module)
+    if hasattr(module, "single_transformer_blocks"):
+        given = _for_diffusers(given)
+    elif isinstance(module, Flux):  # with the layers whose outputs have no entry of their own
+        names += [name for name, part in module.named_modules() if isinstance(part, nn.Linear) and name not in names]
+    with torch.no_grad(), capture(module, names) as tape:
+        module(**given)
+    return dict(tape)
+
+
+def _for_diffusers(given: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Our inputs under the names that diffusers has for them; its ids have no batch axis."""
+    names = {"img": "hidden_states", "txt": "encoder_hidden_states", "y": "pooled_projections", "timesteps": "timestep"}
+    renamed: dict[str, Any] = {names.get(name, name): tensor for name, tensor in given.items()}
+    return renamed | {name: given[name][0] for name in ("img_ids", "txt_ids")}
+
+
+def _official(tensors: Mapping[str, Tensor], model: Flux) -> dict[str, Tensor]:
+    """What diffusers' layers gave, under the official names: the rules of the weights hold for the outputs too."""
+    found: dict[str, Tensor] = {}
+    for rule in rules(model.config):
+        parts = [tensors.get(name.rpartition(".")[0]) for name in rule.diffusers]
+        if rule.official.endswith("bias") or any(part is None for part in parts):
+            continue
+        joined = torch.cat([part for part in parts if part is not None], dim=-1)
+        if rule.swapped:
+            joined = torch.cat(joined.chunk(2, dim=-1)[::-1], dim=-1)
+        if rule.official.endswith("scale"):  # there, heads come after tokens
+            joined = joined.transpose(1, 2)
+        found[rule.official.rpartition(".")[0]] = joined
+    return found | {"velocity": found["final_layer.linear"]}

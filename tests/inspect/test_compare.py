@@ -1,0 +1,105 @@
+"""Comparing finds where two runs part, and tells rounding from a mistake."""
+
+import copy
+
+import pytest
+import torch
+
+import fluxlab as fl
+from fluxlab.model.modulation import Modulation, ModulationOut
+from fluxlab.weights.layouts import to_diffusers
+from tests.conftest import SMALL, randomise
+from tests.model.test_against_diffusers import diffusers_transformer
+
+
+class WithOpenGate(Modulation):
+    def forward(self, vec):
+        first, second = super().forward(vec)
+        return ModulationOut(first.shift, first.scale, 1 + first.gate), second
+
+
+@pytest.fixture(scope="module")
+def model():
+    return randomise(fl.Flux(SMALL))
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    g = torch.Generator().manual_seed(1)
+    return fl.FluxInputs(
+        img=torch.randn(2, 12, 64, generator=g),
+        img_ids=fl.image_ids(2, 48, 64),
+        txt=torch.randn(2, 5, 40, generator=g),
+        txt_ids=fl.text_ids(2, 5),
+        timesteps=torch.tensor([0.9, 0.2]),
+        y=torch.randn(2, 24, generator=g),
+        guidance=torch.tensor([3.5, 1.0]),
+    )
+
+
+def test_a_model_is_the_same_as_itself(model, inputs):
+    found = fl.compare(model, model, inputs)
+    assert found.first is None
+    assert len(found.table) > 100
+    assert {row["float32, largest"] for row in found.table} == {0.0}
+
+
+@pytest.mark.parametrize("there_and_back", [False, True])
+def test_diffusers_gives_the_same_under_our_names(model, inputs, there_and_back):
+    theirs = diffusers_transformer(SMALL, torch.float32)
+    theirs.load_state_dict(to_diffusers(model.state_dict(), SMALL))
+    found = fl.compare(theirs, model, inputs) if there_and_back else fl.compare(model, theirs, inputs)
+    assert found.first is None
+    assert {"img_in", "double_blocks.1.txt_attn.qkv", "single_blocks.2.norm.key_norm", "velocity"} <= set(
+        found.table.column("name")
+    )
+    wide, narrow = (max(found.table.column(f"{kind}, relative")) for kind in ("float64", "float32"))
+    assert 0 < wide < 0.25 * narrow  # rounding shrinks; both keep RoPE and RMSNorm in float32, so it does not vanish
+
+
+def test_the_layer_whose_weights_differ_is_found(model, inputs):
+    theirs = diffusers_transformer(SMALL, torch.float32)
+    weights = to_diffusers(model.state_dict(), SMALL)
+    weights["single_transformer_blocks.1.proj_mlp.bias"] = weights["single_transformer_blocks.1.proj_mlp.bias"] + 0.1
+    theirs.load_state_dict(weights)
+    found = fl.compare(model, theirs, inputs)
+    assert found.first == "single_blocks.1.linear1"
+    assert "they part at single_blocks.1.linear1" in repr(found)
+
+
+def test_a_mistake_of_ones_own_is_found(model, inputs):
+    """The gate of the second block with 1 added, as the scale has it."""
+    mine = copy.deepcopy(model)
+    mine.double_blocks[1].img_mod.__class__ = WithOpenGate
+    assert fl.compare(model, mine, inputs).first == "double_blocks.1.img.middle"
+
+
+def test_tapes_and_dicts_are_compared_by_name(model, inputs):
+    with torch.no_grad(), fl.capture(model, "double_blocks.0.img.*") as tape:
+        model(**inputs.kwargs())
+    by_hand = {"double_blocks.0.img.middle": tape["double_blocks.0.img.middle"] + 1e-3}
+    found = fl.compare(tape, by_hand)
+    assert found.first == "double_blocks.0.img.middle"
+    assert found.table[0]["largest"] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_what_is_not_a_number_is_a_difference():
+    a = {"x": torch.ones(3)}
+    assert fl.compare(a, {"x": torch.tensor([1, float("nan"), 1])}).first == "x"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "said"),
+    [
+        ({"x": torch.ones(1)}, {"y": torch.ones(1)}, "no name in common"),
+        ({"x": torch.ones(1)}, {"x": torch.ones(2)}, r"\(1,\) in a and \(2,\) in b"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(a, b, said):
+    with pytest.raises(ValueError, match=said):
+        fl.compare(a, b)
+
+
+def test_a_module_without_inputs_is_refused(model):
+    with pytest.raises(ValueError, match="inputs is None"):
+        fl.compare(model, model)

@@ -1,0 +1,134 @@
+"""The tables against the published counts and against PyTorch's own flop counter."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import fluxlab as fl
+from fluxlab.glossary import table as names
+from fluxlab.inspect.table import Table
+
+
+def value(table, key, column):
+    (row,) = (row for row in table if next(iter(row.values())) == key)
+    return row[column]
+
+
+PUBLISHED = {  # part: parameters of flux-dev, from the reference implementation's checkpoint
+    "img_in": 199_680,
+    "txt_in": 12_585_984,
+    "time_in": 10_229_760,
+    "guidance_in": 10_229_760,
+    "vector_in": 11_802_624,
+    "19 × double block": 19 * 339_831_296,
+    "38 × single block": 38 * 141_591_808,
+    "final_layer": 19_077_184,
+    "all": 11_901_408_320,
+}
+
+
+def test_the_parts_have_the_published_numbers():
+    table = fl.parameter_table("flux-dev")
+    assert {row["part"]: row["parameters"] for row in table} == PUBLISHED
+
+
+def test_modulation_is_more_than_a_quarter():
+    table = fl.parameter_table("flux-dev", by="kind")
+    assert value(table, "modulation", "parameters") == 3_247_448_064
+    assert value(table, "modulation", "share") == "27.29%"
+    assert sum(table.column("parameters")[:-1]) == value(table, "all", "parameters") == 11_901_408_320
+
+
+@pytest.mark.parametrize("name", ["flux-schnell", "flux-fill-dev", "flux-tiny-dev"])
+@pytest.mark.parametrize("by", ["part", "kind"])
+def test_every_table_sums_to_what_the_model_has(name, by):
+    table = fl.parameter_table(name, by)
+    assert table[-1]["parameters"] == sum(p.numel() for p in fl.build(name, device="meta").parameters())
+
+
+def test_another_way_to_cut_is_refused(as_users_run_it):
+    with pytest.raises(ValueError, match="'part' or 'kind'"):
+        fl.parameter_table("flux-dev", by="layer")
+
+
+@pytest.mark.parametrize(
+    ("name", "height", "width", "text", "batch"),
+    [
+        ("flux-dev", 1024, 1024, 512, 1),
+        ("flux-dev", 512, 512, 512, 2),
+        ("flux-schnell", 768, 1360, 256, 1),
+        ("flux-tiny-dev", 128, 192, None, 3),
+    ],
+)
+def test_operations_equal_the_flop_counter(name, height, width, text, batch):
+    model = fl.build(name, device="meta")
+    inputs = fl.example_inputs(name, height=height, width=width, batch=batch, device="meta").kwargs()
+    if text is not None:
+        inputs |= {key: inputs[key][:, :1].expand(-1, text, -1) for key in ("txt", "txt_ids")}
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    assert fl.flops(name, height, width, text, batch)[-1]["GFLOP"] * 1e9 == pytest.approx(
+        counter.get_total_flops(), rel=1e-3
+    )
+
+
+def test_the_published_cost_at_1024():
+    table = fl.flops("flux-dev", 1024, 1024)
+    attention = sum(row["GFLOP"] for row in table if "attention" in row["part"])
+    assert (table[-1]["GFLOP"] - attention) / 1e3 == pytest.approx(59.5, abs=0.05)
+    assert attention / 1e3 == pytest.approx(14.9, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "flux-tiny-schnell"])
+def test_memory_counts_what_is_there(name):
+    table = fl.memory(name)
+    assert value(table, "weights: transformer", "numbers") == fl.parameter_table(name)[-1]["parameters"]
+    shapes = {row["name"]: row["shape"] for row in fl.tensor_names(name)}
+    for what, tensor in (
+        ("residual stream", "single_blocks.0.input"),
+        ("a double block's MLP hidden", "double_blocks.0.img_mlp.1"),
+        ("a single block's linear1", "single_blocks.0.linear1"),
+        ("attention weights, if ever whole", "single_blocks.0.attention"),
+    ):
+        assert value(table, f"tensor: {what}", "numbers") == torch.Size(shapes[tensor]).numel()
+
+
+def test_memory_of_the_published_parts():
+    table = fl.memory("flux-dev", 1024, 1024)
+    assert value(table, "weights: T5 encoder", "numbers") == 4_762_310_656
+    assert value(table, "weights: CLIP text", "numbers") == 123_060_480
+    assert value(table, "weights: VAE", "numbers") == 83_819_683
+    assert value(table, "weights: transformer", "bfloat16") == pytest.approx(23.8, abs=0.01)
+    assert value(table, "tensor: attention weights, if ever whole", "float32") * 1e9 == 24 * 4608**2 * 4
+
+
+def test_the_summary_is_right_on_the_meta_device_and_shows_no_multiply_adds():
+    table = fl.summary("flux-dev", depth=1)
+    assert table.title == "11,901,408,320 parameters"
+    assert value(table, "img_in", "output") == (1, 4096, 3072)
+    assert "mult" not in repr(table).lower()
+    assert len(fl.summary("flux-tiny-dev", depth=4)) > len(fl.summary("flux-tiny-dev", depth=2))
+
+
+def test_a_summary_of_any_module():
+    config = fl.variant("flux-tiny-dev").autoencoder
+    table = fl.summary(fl.AutoEncoder(config).decoder, torch.zeros(1, 16, 4, 4), depth=1)
+    assert value(table, "conv_in", "output") == (1, 64, 4, 4)
+    with pytest.raises(ValueError, match="inputs is None"):
+        fl.summary(torch.nn.Linear(2, 2))
+
+
+def test_a_table_is_rows_for_pandas_and_text_for_readers():
+    table = Table([{"name": "a", "n": 1234567, "x": 0.123456}, {"name": "b<", "n": None, "x": 12345.678}], "Title")
+    assert table.column("n") == [1234567, None]
+    assert repr(table).splitlines()[0] == "Title"
+    assert repr(table).splitlines()[3].split() == ["a", "1,234,567", "0.1235"]
+    assert "b&lt;" in table._repr_html_()
+    assert repr(Table([])) == "empty"
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "flux-fill-dev", "flux-tiny-schnell"])
+def test_the_glossary_has_every_weight_with_its_shape_and_no_other(name):
+    model = fl.build(name, device="meta")
+    listed = {each: entry.shape(model.config) for each, entry in names(model.config, "weight").items()}
+    assert listed == {each: tuple(weight.shape) for each, weight in model.state_dict().items()}

@@ -126,10 +126,11 @@ def train_tiny(
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     smoke: Annotated[bool, typer.Option(help="A few steps of every stage, to see that all of it works.")] = False,
 ) -> None:
-    """Train flux-tiny: tokenizers, autoencoder, flow with the text encoders, guidance."""
+    """Train flux-tiny: tokenizers, autoencoder, flow with the text encoders, guidance, fewer steps; then measure it."""
     from dataclasses import replace
 
-    from fluxlab.tiny.train import SMOKE, Recipe, train
+    from fluxlab.tiny.recipe import SMOKE, Recipe
+    from fluxlab.tiny.train import train
 
     train(run, replace(SMOKE if smoke else Recipe(), seed=seed), output)
 

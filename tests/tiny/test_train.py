@@ -1,12 +1,19 @@
 """Every stage of the training, for two steps each."""
 
+import json
+
 import pytest
 import torch
 
 import fluxlab as fl
-from fluxlab.tiny import train as training
-from fluxlab.tiny.train import SMOKE, initialise, train, train_autoencoder
+from fluxlab.tiny import train_autoencoder as first_stage
+from fluxlab.tiny.distil import without_guidance
+from fluxlab.tiny.recipe import SMOKE
+from fluxlab.tiny.train import train
+from fluxlab.tiny.train_autoencoder import train_autoencoder
+from fluxlab.tiny.train_flow import initialise
 from fluxlab.weights.files import Checkpoint
+from tests.conftest import randomise
 
 
 def test_all_stages_run_resume_and_write_what_the_library_loads(tmp_path, monkeypatch):
@@ -15,12 +22,16 @@ def test_all_stages_run_resume_and_write_what_the_library_loads(tmp_path, monkey
     written = (output / "flux-tiny-dev.safetensors").read_bytes()
 
     monkeypatch.setenv("FLUXLAB_DATA", str(output.parent))
+    assert fl.load("flux-tiny-schnell")("a ring", num_steps=1, progress=False).size == (128, 128)
     loaded = fl.load("flux-tiny-dev")
     assert loaded("a ring", num_steps=1, progress=False).size == (128, 128)
     factors = Checkpoint(output / "ae.safetensors").metadata  # a training's own, not those of the one in data/
     assert loaded.autoencoder.config.scale_factor == float(factors["scale_factor"])
     assert loaded.autoencoder.config.shift_factor == float(factors["shift_factor"])
-    assert {path.name for path in (output / "training").iterdir()} >= {"recipe.json", "flow.jsonl", "guidance.jsonl"}
+    record = {path.name for path in (output / "training").iterdir()}
+    assert record >= {"recipe.json", "flow.jsonl", "guidance.jsonl", "steps.jsonl", "flow-00001.png", "steps-00002.png"}
+    measures = json.loads((output / "training/measures.json").read_text())
+    assert {row["variant"] for row in measures} == {"flux-tiny-dev", "flux-tiny-schnell"}
 
     train(run, SMOKE, output)  # every stage is finished: nothing changes
     assert (output / "flux-tiny-dev.safetensors").read_bytes() == written
@@ -39,7 +50,7 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(tmp_path, monkeypa
         raise StoppedError
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_save_grid", stop)
+        patch.setattr(first_stage, "save_grid", stop)
         with pytest.raises(StoppedError):
             train_autoencoder(halves, SMOKE)
     assert int(Checkpoint(halves / "autoencoder.state.safetensors")["step"]) == 1
@@ -61,3 +72,12 @@ def test_a_new_model_predicts_zero_and_each_block_is_the_identity():
         x, vec = torch.randn(1, 96, 128), torch.randn(1, 128)
         pe = model.pe_embedder(torch.cat((inputs.txt_ids, inputs.img_ids), dim=1))
         assert torch.equal(model.single_blocks[0](x, vec, pe), x)
+
+
+def test_without_its_embedder_the_model_is_the_same_at_that_guidance():
+    dev = randomise(fl.build("flux-tiny-dev"))
+    inputs = fl.example_inputs("flux-tiny-dev").kwargs() | {"guidance": torch.tensor([3.0])}
+    with torch.no_grad():
+        guided = dev(**inputs)
+        inputs.pop("guidance")
+        torch.testing.assert_close(without_guidance(dev, 3.0)(**inputs), guided, atol=1e-5, rtol=1e-5)

@@ -1,7 +1,7 @@
-"""flux-tiny's tokenizers, trained on the picture world's captions: a unigram for T5, a byte-level BPE for CLIP.
+"""flux-tiny's tokenizers, trained on the picture world's captions, and its text encoders, not yet trained.
 
-Both are written in the Hugging Face folder format, so the code that loads the real ones loads them too.
-Opened in chapter 01.
+A unigram for T5, a byte-level BPE for CLIP, both written in the Hugging Face folder format, so the code that loads the
+real ones loads them too. Opened in chapters 01 and 16.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from fluxlab.config import VARIANTS
+from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.world import random_scene
+
+DEV = VARIANTS["flux-tiny-dev"]
 
 T5_VOCABULARY = 256  # pieces; the captions' few words, and every printable ASCII character for words unseen
 CLIP_MERGES = 160
@@ -90,3 +94,37 @@ def _train_clip(corpus: list[str], folder: Path) -> None:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=32)
     tokenizer.save_pretrained(folder)
+
+
+def new_text_encoders(run: Path) -> TextEncoders:
+    """Small encoders of random weights, with the tokenizers in ``run``."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+    t5_tokenizer = T5Tokenizer.from_pretrained(str(run / "t5"))
+    clip_tokenizer = CLIPTokenizer.from_pretrained(str(run / "clip"))
+    t5 = T5Config(
+        vocab_size=len(t5_tokenizer),
+        d_model=DEV.transformer.context_in_dim,
+        d_kv=32,
+        num_heads=4,
+        d_ff=256,
+        num_layers=2,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        use_cache=False,
+    )
+    clip = CLIPTextConfig(
+        vocab_size=len(clip_tokenizer),
+        hidden_size=DEV.transformer.vec_in_dim,
+        projection_dim=DEV.transformer.vec_in_dim,
+        intermediate_size=4 * DEV.transformer.vec_in_dim,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=DEV.clip_length,
+        bos_token_id=clip_tokenizer.bos_token_id,
+        eos_token_id=clip_tokenizer.eos_token_id,  # where CLIP pools; with another id every prompt pools the same
+        pad_token_id=clip_tokenizer.pad_token_id,
+    )
+    return TextEncoders(
+        T5EncoderModel(t5), t5_tokenizer, DEV.t5_length, CLIPTextModel(clip), clip_tokenizer, DEV.clip_length
+    )

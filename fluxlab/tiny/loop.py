@@ -1,0 +1,127 @@
+"""The loop that every stage of flux-tiny's training shares: it saves as it goes and resumes. Opened in chapter 16."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm.auto import tqdm
+
+from fluxlab.tiny.recipe import Recipe
+from fluxlab.weights.files import Checkpoint, write_tensors
+
+
+def fit(
+    stage: str,
+    module: nn.Module,
+    loss: Callable[[torch.Generator], Tensor],
+    steps: int,
+    run: Path,
+    recipe: Recipe,
+    preview: Callable[[int], None] | None = None,
+) -> None:
+    """Train a module, resuming what ``run`` holds of this stage; leave it with its averaged weights.
+
+    Muon for the matrices of the blocks (modulation left out) and AdamW for all else, a learning rate that warms up
+    and falls as a cosine, gradients cut at norm 1, and an exponential moving average of the weights, whose memory
+    grows with the steps.
+
+    Source: "Muon is Scalable for LLM Training", Liu et al. 2025.
+    """
+    path, record = run / f"{stage}.state.safetensors", run / f"{stage}.jsonl"
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    parameters: list[Tensor] = list(named.values())
+    matrices = [p for name, p in named.items() if p.ndim == 2 and "_blocks" in name and "mod" not in name]
+    others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    ]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    average = [p.detach().clone() for p in parameters]
+    start = _restore(path, parameters, average, optimizers) if path.exists() else 0
+    losses: list[float] = []
+    began = time.monotonic()
+    module.train()
+    with tqdm(range(start, steps), desc=stage, initial=start, total=steps, unit="step", mininterval=10) as bar:
+        for step in bar:
+            warm, done = min(1.0, (step + 1) / (0.05 * steps + 1)), step / steps
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * done))
+            generator = torch.Generator("cpu").manual_seed(recipe.seed * 1_000_003 + step)
+            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+                value = loss(generator)
+            module.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(0.999, (1 + step) / (10 + step)))
+            losses.append(value.item())
+            if (step + 1) % min(50, recipe.save_every) == 0:
+                mean = sum(losses) / len(losses)
+                bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+                with record.open("a") as file:
+                    entry = {"step": step + 1, "loss": round(mean, 6), "seconds": round(time.monotonic() - began, 1)}
+                    file.write(json.dumps(entry) + "\n")
+                losses.clear()
+            if (step + 1) % recipe.save_every == 0 or step + 1 == steps:
+                _save(path, step + 1, parameters, average, optimizers)
+                if preview is not None:
+                    with _averaged(parameters, average):
+                        module.eval()
+                        preview(step + 1)
+                        module.train()
+    with torch.no_grad():
+        for p, mean_p in zip(parameters, average, strict=True):
+            p.copy_(mean_p)
+    module.eval()
+
+
+@contextmanager
+def _averaged(parameters: list[Tensor], average: list[Tensor]) -> Iterator[None]:
+    """The averaged weights in place of the current ones, for a while."""
+    current = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, average)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, current)
+
+
+def _save(
+    path: Path, step: int, parameters: list[Tensor], average: list[Tensor], optimizers: list[torch.optim.Optimizer]
+) -> None:
+    tensors: dict[str, Tensor] = {"step": torch.tensor(step)}
+    for i, p in enumerate(parameters):
+        tensors |= {f"{i}.value": p, f"{i}.average": average[i]}
+        tensors |= {f"{i}.{key}": value for each in optimizers for key, value in each.state.get(p, {}).items()}
+    write_tensors(tensors, path)
+
+
+def _restore(
+    path: Path, parameters: list[Tensor], average: list[Tensor], optimizers: list[torch.optim.Optimizer]
+) -> int:
+    saved = Checkpoint(path)
+    owner = {id(p): each for each in optimizers for group in each.param_groups for p in group["params"]}
+    with torch.no_grad():
+        for i, p in enumerate(parameters):
+            p.copy_(saved[f"{i}.value"])
+            average[i].copy_(saved[f"{i}.average"])
+            state = {key: saved[f"{i}.{key}"] for key in _STATE if f"{i}.{key}" in saved.entries}
+            # in the weight's memory layout, as it was
+            owner[id(p)].state[p] = {k: torch.empty_like(p).copy_(v) if v.ndim else v for k, v in state.items()}
+    return int(saved["step"])
+
+
+_STATE = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")  # what AdamW and Muon keep of a weight

@@ -1,0 +1,46 @@
+"""How long each stage of flux-tiny's training is, and with what. Opened in chapter 16."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long each stage is, and with what."""
+
+    seed: int = 0
+    crops: int = 6_000  # pictures whose 64x64 crops the autoencoder learns from
+    autoencoder_steps: int = 2_600
+    autoencoder_batch: int = 16
+    divergence: float = 4e-3  # weight of the posterior's divergence from unit noise
+    pictures: int = 24_000  # of the usual size; a sixteenth of that, or fewer, for each other size
+    flow_steps: int = 14_000
+    guidance_steps: int = 1_500
+    pairs: int = 16_000  # noise and picture of flux-tiny-dev, of the usual size, for flux-tiny-schnell
+    schnell_guidance: float = 4.0  # at which they are painted
+    reflow_steps: int = 3_000
+    measured: int = 256  # held-out prompts
+    image_tokens: int = 4_096  # in a batch: 64 pictures of 128x128, 16 of 256x256
+    usual_share: float = 0.8  # of the batches are of the usual size
+    learning_rate: float = 2.5e-3
+    autoencoder_learning_rate: float = 1.5e-3
+    caption_dropout: float = 0.1
+    save_every: int = 500
+    compile: bool = True
+
+
+SMOKE = Recipe(
+    crops=8,
+    autoencoder_steps=2,
+    autoencoder_batch=2,
+    pictures=16,
+    flow_steps=2,
+    guidance_steps=2,
+    pairs=4,
+    reflow_steps=2,
+    measured=1,
+    image_tokens=256,
+    save_every=1,
+    compile=False,
+)

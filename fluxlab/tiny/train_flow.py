@@ -1,0 +1,107 @@
+"""The flow: from noise to pictures, with the text encoders. Opened in chapter 16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fluxlab.config import VARIANTS
+from fluxlab.model.autoencoder import AutoEncoder
+from fluxlab.model.transformer import Flux
+from fluxlab.pipeline.inputs import FluxInputs
+from fluxlab.pipeline.latents import COMPRESSION, image_ids, noise, pack, text_ids, unpack
+from fluxlab.pipeline.sampling import denoise
+from fluxlab.pipeline.schedule import schedule
+from fluxlab.pipeline.text import TextEncoders
+from fluxlab.tiny.loop import fit
+from fluxlab.tiny.pictures import Pictures, save_grid
+from fluxlab.tiny.recipe import Recipe
+from fluxlab.tiny.text import new_text_encoders
+from fluxlab.tiny.world import random_picture
+
+DEV, SCHNELL = VARIANTS["flux-tiny-dev"], VARIANTS["flux-tiny-schnell"]
+
+
+def initialise(model: Flux) -> Flux:
+    """Zero every modulation and the last layer: each block starts as the identity, and the output as zero."""
+    for name, parameter in model.named_parameters():
+        if "mod" in name or name.startswith("final_layer"):
+            nn.init.zeros_(parameter)
+    return model
+
+
+def noisy(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A point on the straight path from picture to noise, its time (logit-normal), and the path's velocity."""
+    t = torch.randn(len(clean), generator=generator).sigmoid()
+    unit = torch.randn(clean.shape, generator=generator)
+    return torch.lerp(clean, unit, t[:, None, None]), t, unit - clean
+
+
+def train_flow(run: Path, recipe: Recipe, autoencoder: AutoEncoder) -> tuple[Flux, TextEncoders]:
+    """Rectified flow, text encoders and transformer together: the teacher, which needs CFG to follow a prompt well."""
+    torch.manual_seed(recipe.seed)
+    text = new_text_encoders(run)
+    model = initialise(Flux(SCHNELL.transformer))
+    pictures = Pictures(run, recipe)
+    empty = [ids.int() for ids in text.tokenize([""])]
+    forward = compiled(recipe, model)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        chosen, ids = pictures.batch(generator)
+        clean, tokens = chosen["latents"], (chosen["t5_ids"], chosen["clip_ids"])
+        dropped = torch.rand(len(clean), 1, generator=generator) < recipe.caption_dropout
+        txt, y = text.encode(*(torch.where(dropped, e, t) for e, t in zip(empty, tokens, strict=True)))
+        img, t, velocity = noisy(clean, generator)
+        return F.mse_loss(forward(img, ids, txt, text_ids(*txt.shape[:2]), t, y).float(), velocity)
+
+    def preview(step: int) -> None:
+        sample_grid(run / f"flow-{step:05d}.png", model, text, autoencoder, true_cfg=3.0)
+
+    fit("flow", nn.ModuleList((model, text.t5, text.clip)), loss, recipe.flow_steps, run, recipe, preview)
+    return model.requires_grad_(False), text
+
+
+def compiled(recipe: Recipe, module: nn.Module) -> Callable[..., Tensor]:
+    """The module's forward, compiled anew for each size of picture, where the recipe wants it."""
+    return torch.compile(module, dynamic=False) if recipe.compile else module
+
+
+def flow_inputs(start: Tensor, txt: Tensor, y: Tensor, guidance: float | None = None) -> FluxInputs:
+    """What the loop starts from: noise of ``N 16 h w``, and the encoded prompts."""
+    number, _, rows, columns = start.shape
+    return FluxInputs(
+        img=pack(start),
+        img_ids=image_ids(number, COMPRESSION * rows, COMPRESSION * columns),
+        txt=txt,
+        txt_ids=text_ids(number, txt.shape[1]),
+        timesteps=torch.ones(number),
+        y=y,
+        guidance=None if guidance is None else torch.full((number,), guidance),
+    )
+
+
+@torch.no_grad()
+def sample_grid(
+    path: Path,
+    model: Flux,
+    text: TextEncoders,
+    autoencoder: AutoEncoder,
+    guidance: float | None = None,
+    true_cfg: float = 1.0,
+    steps: int = 20,
+    shift: bool = True,
+    number: int = 24,
+) -> None:
+    """A picture of what the model paints for the first held-out captions."""
+    rng = np.random.default_rng(0)
+    prompts = [random_picture(rng, held_out=True, complete=True).caption for _ in range(number)]
+    start = noise(range(number), DEV.size, DEV.size)
+    positive, negative = (flow_inputs(start, *text(words), guidance) for words in (prompts, [""] * number))
+    times = schedule(steps, positive.img.shape[1], shift)
+    tokens = denoise(model, positive, times, negative, true_cfg, progress=False)
+    save_grid(path, autoencoder.decode(unpack(tokens, DEV.size, DEV.size)), 8)

@@ -5,6 +5,7 @@ from fluxlab.inspect.capture import Tape, capture, patch
 from fluxlab.inspect.compare import compare
 from fluxlab.inspect.diagram import model_map
 from fluxlab.inspect.exercise import check
+from fluxlab.inspect.explain import explain
 from fluxlab.inspect.names import tensor_names
 from fluxlab.inspect.tables import flops, memory, parameter_table, summary
 from fluxlab.model.autoencoder import AutoEncoder
@@ -41,6 +42,7 @@ __all__ = [
     "compare",
     "denoise",
     "example_inputs",
+    "explain",
     "flops",
     "image_ids",
     "load",

@@ -82,6 +82,40 @@ def export(
 
 
 @app.command()
+def explain(
+    name: Annotated[str, typer.Argument(help="Of a weight, a tensor or a symbol, or a pattern such as 'vec*'.")],
+    variant: Annotated[str, typer.Option(help="Whose sizes to give.")] = "flux-dev",
+) -> None:
+    """Say what a name stands for, with its shape and its line of source."""
+    try:
+        fl.explain(name, variant)
+    except ValueError as error:
+        raise _fail(error) from error
+
+
+@app.command()
+def summary(
+    variant: Annotated[str, typer.Option(help="Which model.")] = "flux-dev",
+    depth: Annotated[int, typer.Option(help="Levels of modules to show.")] = 2,
+    height: Annotated[Optional[int], typer.Option(help="Of the picture, in pixels.")] = None,  # noqa: UP045
+    width: Annotated[Optional[int], typer.Option(help="Of the picture, in pixels.")] = None,  # noqa: UP045
+) -> None:
+    """Print a model's layers, and where its parameters, operations and gigabytes are."""
+    try:
+        inputs = fl.example_inputs(variant, height=height, width=width, device="meta")
+        typer.echo(fl.summary(fl.build(variant, device="meta"), inputs, depth))
+        for table in (
+            fl.parameter_table(variant),
+            fl.parameter_table(variant, by="kind"),
+            fl.flops(variant, height, width),
+            fl.memory(variant, height, width),
+        ):
+            typer.echo(f"\n{table}")
+    except ValueError as error:
+        raise _fail(error) from error
+
+
+@app.command()
 def convert(
     variant: Annotated[str, typer.Argument(help="Which model.")],
     output: Annotated[Path, typer.Argument(help="The folder, or for one part the file or folder, to make.")],

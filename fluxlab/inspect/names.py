@@ -77,7 +77,7 @@ def choose(module: nn.Module, names: Names) -> list[str]:
         if not matched and pattern in modules:
             extra.append(pattern)
         elif not matched:
-            raise ValueError(f"{pattern!r} is none of the tensors here; {_nearest(pattern, [*known, *modules])}")
+            raise ValueError(f"{pattern!r} is none of the tensors here; {nearest(pattern, [*known, *modules])}")
         found.update(matched)
     return [name for name in known if name in found] + extra
 
@@ -86,8 +86,8 @@ def _is_attention(name: str) -> bool:
     return name.rsplit(".", 1)[-1] == "attention"
 
 
-def _nearest(pattern: str, known: list[str]) -> str:
-    """Compared without block numbers, so that another block's name is as near as it looks."""
+def nearest(pattern: str, known: list[str]) -> str:
+    """The names most like it, compared without block numbers, so that another block's name is as near as it looks."""
 
     def plain(name: str) -> str:
         return re.sub(r"\d+|\*", "0", name)

@@ -1,0 +1,90 @@
+"""What a name means, here and now: ``fl.explain("double_blocks.7.img_attn.norm.query_norm.scale")``."""
+
+from __future__ import annotations
+
+import re
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import fluxlab
+from fluxlab.config import Variant
+from fluxlab.config import variant as find_variant
+from fluxlab.glossary import Entry, entries, expand, table
+from fluxlab.inspect import capture
+from fluxlab.inspect.names import nearest
+from fluxlab.model.attention import attention
+from fluxlab.model.transformer import Flux, build
+from fluxlab.pipeline.latents import grid
+
+
+def explain(name: str, variant: str = "flux-dev") -> None:
+    """Print what a name, or each name that a pattern matches, stands for, with its shape and its line of source.
+
+    What a pattern matches in every block is told once, with ``{i}`` for the block's number.
+
+    Args:
+        name: of a weight, a tensor, an input or a symbol, or a pattern such as ``"single_blocks.*"``.
+        variant: whose sizes to give.
+
+    Raises:
+        ValueError: nothing has that name; the message gives the nearest ones.
+        ConfigError: no such variant.
+    """
+    print(explanation(name, variant))
+
+
+def explanation(name: str, variant: str = "flux-dev") -> str:
+    """What ``explain`` prints."""
+    chosen = find_variant(variant)
+    named = table(chosen.transformer, "input", "tensor", "weight", "symbol")
+    if name in named:
+        found = [entry for entry in entries() if entry.name == name] or [named[name]]
+    else:
+        found = [
+            entry
+            for entry in entries()
+            if entry.name == name or any(fnmatchcase(each.name, name) for each in expand(entry, chosen.transformer))
+        ]
+    if not found:
+        raise ValueError(f"{name!r} is no name of {variant}; {nearest(name, list(named))}")
+    model = build(variant, device="meta")
+    return "\n\n".join(_told(entry, chosen, model) for entry in found)
+
+
+def _told(entry: Entry, chosen: Variant, model: Flux) -> str:
+    lines = [f"{entry.name}  ({entry.kind}, chapter {entry.chapter})", f"  {entry.meaning}"]
+    if entry.axes:
+        rows, columns = grid(chosen.size, chosen.size)
+        shape = list(entry.shape(chosen.transformer, text=chosen.t5_length, image=rows * columns))
+        where = "" if entry.kind == "weight" else f" at {chosen.size} x {chosen.size}"
+        lines.append(f"  {entry.axes} = {shape} in {chosen.name}{where}")
+    if entry.kind != "symbol":
+        lines.append(f"  {source_line(entry.name.replace('{i}', '0'), model)}")
+    return "\n".join(lines)
+
+
+def source_line(name: str, model: Flux) -> str:
+    """File, line and text of where the tensor or weight of that name is made, in the library."""
+    ours = {path: part for path, part in model.named_modules() if type(part).__module__.startswith("fluxlab")}
+    owner = max((path for path in ours if not path or name.startswith(f"{path}.")), key=len)
+    rest = name[len(owner) :].lstrip(".")
+    places = (type(ours[owner]), attention, capture._observer)
+    point, attribute = re.escape(rest), re.escape(rest.split(".")[0])
+    for pattern in (rf'see\("{point}"', rf"self\.{attribute}\b[^=]* = ", rf'{point}"', rf"^ +{point}: ", r"see\(name"):
+        for place in places:
+            if line := _line(place, pattern):
+                return line
+    raise LookupError(f"{name} is made nowhere in {owner or 'Flux'}")
+
+
+def _line(thing: Any, pattern: str) -> str:
+    """The first line of a class or function that the pattern is found in."""
+    file = Path(sys.modules[thing.__module__].__file__ or "")
+    lines = file.read_text(encoding="utf-8").splitlines()
+    first = next(n for n, line in enumerate(lines) if re.match(rf"(class|def) {thing.__name__}\b", line))
+    end = next((n for n in range(first + 1, len(lines)) if re.match(r"(class|def|@)", lines[n])), len(lines))
+    found = (n for n in range(first, end) if re.search(pattern, lines[n]))
+    place = file.relative_to(Path(fluxlab.__file__).parents[1])
+    return next((f"{place.as_posix()}:{n + 1}  {lines[n].strip()}" for n in found), "")

@@ -1,0 +1,59 @@
+"""Every name is explained, with a shape and a line of source that is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import fluxlab as fl
+from fluxlab.glossary import entries
+from fluxlab.inspect.explain import explanation, source_line
+
+ROOT = Path(fl.__file__).parents[1]
+
+
+def test_every_tensor_and_weight_has_its_line_of_source():
+    model = fl.build("flux-dev", device="meta")
+    for entry in entries():
+        if entry.kind == "symbol":
+            continue
+        file, number, text = re.match(r"(\S+):(\d+)  (.+)", source_line(entry.name.replace("{i}", "0"), model)).groups()
+        assert (ROOT / file).read_text().splitlines()[int(number) - 1].strip() == text
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("double_blocks.7.img_attn.norm.query_norm.scale", ["chapter 07", "D = [128] in flux-dev", "self.scale ="]),
+        ("double_blocks.0.txt.middle", ["text stream", "B T C = [1, 512, 3072]", 'see("txt.middle"']),
+        ("single_blocks.3.attention", ["[1, 24, 4608, 4608] in flux-dev at 1024 x 1024"]),
+        ("vec", ["Time, guidance and CLIP", "[1, 3072]"]),
+        ("img_ids", ["chapter 02", "[1, 4096, 3]", "transformer.py"]),
+        ("gate", ["chapter 06"]),
+        ("clean", ["img - t * velocity", "capture.py"]),
+    ],
+)
+def test_a_name_is_explained(name, said):
+    text = explanation(name)
+    assert all(part in text for part in said), text
+
+
+def test_a_pattern_tells_each_kind_once(capsys):
+    fl.explain("single_blocks.*.linear1*", "flux-tiny-dev")
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("single")]
+    assert [line.split()[0] for line in told] == [
+        f"single_blocks.{{i}}.linear1{end}" for end in ("", ".weight", ".bias")
+    ]
+
+
+def test_a_name_that_is_none_is_told_the_nearest():
+    with pytest.raises(ValueError, match=r"did you mean 'double_blocks\.0\.img_attn\.qkv"):
+        fl.explain("double_blocks.0.img_attn.kqv.weight")
+    with pytest.raises(ValueError, match="no name of flux-schnell"):
+        fl.explain("guidance_in.in_layer.weight", "flux-schnell")
+
+
+def test_no_name_is_listed_twice():
+    names = [(entry.name, entry.kind) for entry in entries()]
+    assert len(names) == len(set(names))
+    assert all(entry.meaning.endswith(".") and re.fullmatch(r"\d\d", entry.chapter) for entry in entries())

@@ -95,7 +95,7 @@ _TABLE = (
     _("double_blocks.{i}.{stream}.middle", "tensor", "B {S} C", "The {word} stream, attention's share added.", "07"),
     _("double_blocks.{i}.{stream}.output", "tensor", "B {S} C", "The {word} stream, the MLP's share added.", "07"),
     _("double_blocks.{i}.{stream}_mod.shift1", "tensor", "B 1 C", "Added to the {word} tokens before attention.", "06"),
-    _("double_blocks.{i}.{stream}_mod.scale1", "tensor", "B 1 C", "Scales the {word} tokens before it, less 1.", "06"),
+    _("double_blocks.{i}.{stream}_mod.scale1", "tensor", "B 1 C", "Multiplies the {word} tokens there, less 1.", "06"),
     _(
         "double_blocks.{i}.{stream}_mod.gate1",
         "tensor",
@@ -104,7 +104,7 @@ _TABLE = (
         "06",
     ),
     _("double_blocks.{i}.{stream}_mod.shift2", "tensor", "B 1 C", "Added to the {word} tokens before the MLP.", "06"),
-    _("double_blocks.{i}.{stream}_mod.scale2", "tensor", "B 1 C", "Scales the {word} tokens before it, less 1.", "06"),
+    _("double_blocks.{i}.{stream}_mod.scale2", "tensor", "B 1 C", "Multiplies the {word} tokens there, less 1.", "06"),
     _("double_blocks.{i}.{stream}_mod.gate2", "tensor", "B 1 C", "How much of the MLP the {word} stream takes.", "06"),
     _("double_blocks.{i}.{stream}_mod.lin", "tensor", "B 6C", "The {word} modulation before it is cut in six.", "06"),
     _("double_blocks.{i}.{stream}_norm1", "tensor", "B {S} C", "The {word} tokens, normed before attention.", "07"),

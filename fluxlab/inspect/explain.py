@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,14 @@ def explanation(name: str, variant: str = "flux-dev") -> str:
     """What ``explain`` prints."""
     chosen = find_variant(variant)
     named = table(chosen.transformer, "input", "tensor", "weight", "symbol")
-    if name in named:
-        found = [entry for entry in entries() if entry.name == name] or [named[name]]
-    else:
-        found = [
-            entry
-            for entry in entries()
-            if entry.name == name or any(fnmatchcase(each.name, name) for each in expand(entry, chosen.transformer))
-        ]
+    found = [
+        entry
+        for entry in entries()
+        if any(each.name == name or fnmatchcase(each.name, name) for each in expand(entry, chosen.transformer))
+        or ("{i}" in entry.name and entry.name == name)
+    ]
+    if name in named:  # one block's own
+        found = [replace(found[0], name=name)]
     if not found:
         raise ValueError(f"{name!r} is no name of {variant}; {nearest(name, list(named))}")
     model = build(variant, device="meta")

@@ -1,11 +1,15 @@
 """fluxlab: FLUX.1, the whole model, open to look into. ``import fluxlab as fl``."""
 
 from fluxlab.config import VARIANTS, AutoEncoderConfig, ConfigError, FluxConfig, Variant, variant
+from fluxlab.inspect import plots
+from fluxlab.inspect.block_diagram import block_diagram
 from fluxlab.inspect.capture import Tape, capture, patch
 from fluxlab.inspect.compare import compare
 from fluxlab.inspect.diagram import model_map
 from fluxlab.inspect.exercise import check
 from fluxlab.inspect.explain import explain
+from fluxlab.inspect.explore import explore
+from fluxlab.inspect.graph import graph
 from fluxlab.inspect.names import tensor_names
 from fluxlab.inspect.tables import flops, memory, parameter_table, summary
 from fluxlab.model.autoencoder import AutoEncoder
@@ -36,6 +40,7 @@ __all__ = [
     "Variant",
     "WeightsError",
     "apply_rope",
+    "block_diagram",
     "build",
     "capture",
     "check",
@@ -43,7 +48,9 @@ __all__ = [
     "denoise",
     "example_inputs",
     "explain",
+    "explore",
     "flops",
+    "graph",
     "image_ids",
     "load",
     "load_weights",
@@ -53,6 +60,7 @@ __all__ = [
     "pack",
     "parameter_table",
     "patch",
+    "plots",
     "rope",
     "schedule",
     "summary",

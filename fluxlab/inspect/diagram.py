@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -13,9 +13,9 @@ from fluxlab.pipeline.latents import COMPRESSION, PATCH, grid
 from fluxlab.weights.files import write_text
 
 _WIDTH, _HEIGHT = 1030, 1106
-_INK, _QUIET, _LINE = "#1f2933", "#5f6b7a", "#8795a1"
-_FILL, _EDGE = "#f3f5f7", "#c3cbd3"
-_LIT_FILL, _LIT_EDGE = "#ffe3b3", "#d97706"  # told from the rest by lightness too, not by hue alone
+INK, QUIET, LINE = "#1f2933", "#5f6b7a", "#8795a1"
+FILL, EDGE = "#f3f5f7", "#c3cbd3"
+LIT_FILL, LIT_EDGE = "#ffe3b3", "#d97706"  # told from the rest by lightness too, not by hue alone
 _TEXT, _VEC, _IMAGE, _PLACE = 125, 375, 625, 875  # the middle of each column
 
 
@@ -71,12 +71,17 @@ def model_map(
             near = difflib.get_close_matches(part, parts, n=2, cutoff=0.3) or parts
             raise ValueError(f"lit is {part!r}, which is not a part; did you mean {' or '.join(near)}?")
     body = [*_arrows(boxes), *(line for box in boxes for line in _draw(box, box.part in bright))]
+    return canvas(_WIDTH, _HEIGHT, f"Map of {name}", body)
+
+
+def canvas(width: int, height: int, title: str, body: Iterable[str]) -> Diagram:
+    """A white page of SVG with ``body`` on it; arrows end in ``url(#tip)``."""
     return Diagram(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH * 0.75:.0f}" '
-        f'font-family="Helvetica, Arial, sans-serif" role="img" aria-label="Map of {escape(name)}">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width * 0.75:.0f}" '
+        f'font-family="Helvetica, Arial, sans-serif" role="img" aria-label="{escape(title)}">'
         f'<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
-        f'orient="auto-start-reverse"><path d="M0 0L8 4L0 8z" fill="{_LINE}"/></marker></defs>'
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>' + "".join(body) + "</svg>"
+        f'orient="auto-start-reverse"><path d="M0 0L8 4L0 8z" fill="{LINE}"/></marker></defs>'
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>' + "".join(body) + "</svg>"
     )
 
 
@@ -118,24 +123,25 @@ def _boxes(chosen: Variant, height: int, width: int) -> list[_Box]:
 
 
 def _draw(box: _Box, lit: bool) -> Iterator[str]:
-    left, fill, edge = box.x - box.width / 2, _LIT_FILL if lit else _FILL, _LIT_EDGE if lit else _EDGE
+    left, fill, edge = box.x - box.width / 2, LIT_FILL if lit else FILL, LIT_EDGE if lit else EDGE
     yield (
         f'<rect x="{left:g}" y="{box.y:g}" width="{box.width:g}" height="{box.height:g}" rx="8" fill="{fill}" '
         f'stroke="{edge}" stroke-width="{3 if lit else 1.5}"/>'
     )
     middle = box.y + box.height / 2
-    yield _text(box.x, middle + (-4 if box.note else 7), box.title, 21, "bold")
+    yield words(box.x, middle + (-4 if box.note else 7), box.title, 21, "bold")
     if box.note:
-        yield _text(box.x, middle + 21, box.note, 18, colour=_QUIET)
+        yield words(box.x, middle + 21, box.note, 18, colour=QUIET)
     if box.chapter:
-        yield _text(left + box.width - 8, box.y + 18, box.chapter, 14, colour=_QUIET, anchor="end")
+        yield words(left + box.width - 8, box.y + 18, box.chapter, 14, colour=QUIET, anchor="end")
 
 
-def _text(
-    x: float, y: float, words: str, size: int, weight: str = "normal", colour: str = _INK, anchor: str = "middle"
+def words(
+    x: float, y: float, text: str, size: int, weight: str = "normal", colour: str = INK, anchor: str = "middle"
 ) -> str:
+    """A line of text, its baseline at ``y``."""
     style = f'font-size="{size}" font-weight="{weight}" fill="{colour}" text-anchor="{anchor}"'
-    return f'<text x="{x:g}" y="{y:g}" {style}>{escape(words)}</text>'
+    return f'<text x="{x:g}" y="{y:g}" {style}>{escape(text)}</text>'
 
 
 def _arrows(boxes: list[_Box]) -> Iterator[str]:
@@ -145,7 +151,7 @@ def _arrows(boxes: list[_Box]) -> Iterator[str]:
     def path(*points: tuple[float, float], dashed: bool = False) -> str:
         d = "M" + " L".join(f"{x:g} {y:g}" for x, y in points)
         dash = ' stroke-dasharray="6 5"' if dashed else ""
-        return f'<path d="{d}" fill="none" stroke="{_LINE}" stroke-width="2.5"{dash} marker-end="url(#tip)"/>'
+        return f'<path d="{d}" fill="none" stroke="{LINE}" stroke-width="2.5"{dash} marker-end="url(#tip)"/>'
 
     def down(first: str, then: str, x: float) -> str:
         a, b = by_title[first], by_title[then]
@@ -180,11 +186,11 @@ def _arrows(boxes: list[_Box]) -> Iterator[str]:
         yield path((rope.x, rope.y + rope.height), (rope.x, y), (block.x + block.width / 2 + 3, y))
     y = last.y + last.height / 2  # modulation also steers the single blocks and the last layer
     yield path((_VEC, single.y + single.height), (_VEC, y), (last.x - last.width / 2 - 3, y))
-    yield _text(_VEC + 12, y - 12, "modulation", 18, colour=_QUIET, anchor="start")
+    yield words(_VEC + 12, y - 12, "modulation", 18, colour=QUIET, anchor="start")
     pack, y = by_title["pack"], step.y + step.height / 2  # and again, from the next time on
     right = _PLACE + 132
     yield path((step.x + step.width / 2, y), (right, y), (right, 217), (pack.x, 217), dashed=True)
-    yield _text(right - 12, y - 12, "again, from the next t", 18, colour=_QUIET, anchor="end")
+    yield words(right - 12, y - 12, "again, from the next t", 18, colour=QUIET, anchor="end")
     unpack_, vae, picture = by_title["unpack"], by_title["VAE decoder"], by_title["picture"]
     for a, b in ((unpack_, vae), (vae, picture)):
         yield path((a.x - a.width / 2, a.y + a.height / 2), (b.x + b.width / 2 + 3, b.y + b.height / 2))

@@ -1,0 +1,40 @@
+"""The autograd graph of a module, drawn by torchviz and graphviz. No graphviz of the system's is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fluxlab.inspect.diagram import Diagram
+from fluxlab.pipeline.inputs import FluxInputs
+
+
+def graph(module: nn.Module, inputs: FluxInputs | Mapping[str, Tensor] | Tensor) -> Diagram:
+    """Every operation between a module's weights and what it gives, as autograd recorded it.
+
+    Args:
+        module: any module, on a device that computes.
+        inputs: what it is called with.
+
+    Raises:
+        ValueError: the module is on the meta device, or needs no gradient.
+    """
+    import pygraphviz
+    from torchviz import make_dot
+
+    parameters = dict(module.named_parameters())
+    if any(p.device.type == "meta" for p in parameters.values()):
+        raise ValueError("module is on the meta device, where autograd records names of nothing; build it on the cpu")
+    if not any(p.requires_grad for p in parameters.values()):
+        raise ValueError("module needs no gradient, so autograd records nothing; call module.requires_grad_(True)")
+    with torch.enable_grad():
+        if isinstance(inputs, Tensor):
+            output = module(inputs)
+        else:
+            output = module(**(inputs.kwargs() if isinstance(inputs, FluxInputs) else inputs))
+    dot = make_dot(output, params=parameters)
+    drawn = pygraphviz.AGraph(string=dot.source).draw(format="svg", prog="dot")
+    svg = drawn.decode("utf-8")
+    return Diagram(svg[svg.index("<svg") :])

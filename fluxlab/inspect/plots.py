@@ -1,0 +1,254 @@
+"""Pictures of what is inside, in one look: colours that colour-blind readers tell apart, signed data centred on zero.
+
+Each function gives a matplotlib ``Figure``, which Jupyter shows and ``figure.savefig`` writes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from fluxlab.config import variant
+from fluxlab.inspect.capture import Tape
+from fluxlab.inspect.table import Table
+from fluxlab.model.embeddings import EMBEDDING_DIM, timestep_embedding
+from fluxlab.model.rope import rope
+from fluxlab.pipeline.schedule import schedule as make_schedule
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")  # Okabe and Ito, 2008
+SIGNED, POSITIVE = "RdBu_r", "viridis"
+_LOOK: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "figure.dpi": 100,
+    "savefig.bbox": "tight",
+    "legend.frameon": False,
+}
+
+
+def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7.5, 4.0)) -> tuple[Figure, list[Axes]]:
+    """An empty figure in the house's look, and its axes row by row; it is shown once, by whoever asked for it."""
+    from cycler import cycler
+    from matplotlib import pyplot, rc_context
+
+    with rc_context(_LOOK | {"axes.prop_cycle": cycler(color=COLOURS)}):
+        made = pyplot.figure(figsize=size, layout="constrained")
+        axes = made.subplots(rows, columns, squeeze=False)
+    pyplot.close(made)  # else a notebook would show it twice
+    return made, list(axes.flat)
+
+
+def _heat(axes: Axes, values: Tensor, title: str, x: str, y: str, signed: bool | None = None, **options: Any) -> Any:
+    """A matrix as colours; what is signed gets a map centred on zero, its outermost 0.5 % cut."""
+    data = values.detach().float().cpu().numpy()
+    if signed is None:
+        signed = bool((data < 0).any())
+    if signed:
+        most = float(np.quantile(np.abs(data), 0.995)) or 1.0
+        options = {"cmap": SIGNED, "vmin": -most, "vmax": most} | options
+    shown = axes.imshow(data, **({"aspect": "auto", "interpolation": "nearest", "cmap": POSITIVE} | options))
+    axes.set(title=title, xlabel=x, ylabel=y)
+    return shown
+
+
+def bars(table: Table, value: str, label: str | None = None, title: str | None = None) -> Figure:
+    """One column of a table as horizontal bars, its total left out."""
+    rows = [row for row in table if next(iter(row.values())) != "all"]
+    label = label or next(iter(table[0]))
+    made, (axes,) = figure(size=(7.5, 0.9 + 0.32 * len(rows)))
+    numbers = [float(row[value]) for row in rows]
+    axes.barh([str(row[label]) for row in rows], numbers, color=COLOURS[0])
+    axes.invert_yaxis()
+    axes.bar_label(axes.containers[0], [f"{n:,.3g}" if n < 1e4 else f"{n:,.0f}" for n in numbers], padding=3)  # type: ignore[arg-type]
+    axes.margins(x=0.18)
+    axes.set(xlabel=value, title=table.title if title is None else title)
+    return made
+
+
+def schedule(steps: Sequence[int] = (4, 20, 50), image_tokens: Sequence[int] = (256, 1024, 4096)) -> Figure:
+    """Times of the sampling loop: for several numbers of steps, and bent for several numbers of image tokens."""
+    made, (left, right) = figure(1, 2, (9.5, 3.6))
+    for number in steps:
+        times = make_schedule(number, max(image_tokens))
+        left.plot(np.linspace(0, 1, number + 1), times, marker="o", markersize=3, label=f"{number} steps")
+    for tokens in image_tokens:
+        right.plot(np.linspace(0, 1, 51), make_schedule(50, tokens), label=f"{tokens} image tokens")
+    right.plot([0, 1], [1, 0], color="#8795a1", linestyle="--", label="unshifted (schnell)")
+    left.set(title=f"{max(image_tokens)} image tokens", xlabel="share of the steps done", ylabel="t (1 is noise)")
+    right.set(title="50 steps", xlabel="share of the steps done", ylabel="t (1 is noise)")
+    for axes in (left, right):
+        axes.legend()
+    return made
+
+
+def time_embedding(points: int = 200) -> Figure:
+    """The sinusoids that a time or a guidance becomes: slow at the left of each half, fast at neither end of t."""
+    made, (axes,) = figure(size=(8, 3.6))
+    values = timestep_embedding(torch.linspace(0, 1, points))
+    title = f"timestep_embedding(t, {EMBEDDING_DIM}): cosines, then sines"
+    shown = _heat(axes, values, title, "feature", "t", signed=True, extent=(0, EMBEDDING_DIM, 1, 0))
+    made.colorbar(shown, ax=axes, label="value")
+    return made
+
+
+def rotation(name: str = "flux-dev", positions: int = 64) -> Figure:
+    """The angle by which RoPE turns each pair of features at each position, one picture for each axis."""
+    config = variant(name).transformer
+    titles = ("index", "row", "column")
+    made, panels = figure(1, len(config.axes_dim), (9.5, 3.4))
+    for axes, dim, axis in zip(panels, config.axes_dim, titles, strict=True):
+        turn = rope(torch.arange(positions)[None], dim, config.theta)[0]  # L D/2 2 2
+        _heat(axes, turn[..., 0, 0], f"{axis}: cos of {dim // 2} pairs", "pair of features", "position", signed=True)
+    made.suptitle(f"RoPE of {name}")
+    return made
+
+
+def modulation(tape: Tape) -> Figure:
+    """How strong each captured shift, scale and gate is: the spread over its features, block by block."""
+    found: dict[str, list[tuple[str, float]]] = {}
+    for name, tensor in tape.items():
+        if match := re.fullmatch(r"(.*?)\.?(?:(img|txt)_mod|modulation)\.(shift|scale|gate)\d?", name):
+            short = match[1].replace("_blocks.", " ") + (f" {match[2]}" if match[2] else "")
+            found.setdefault(match[3], []).append((short, tensor.float().square().mean().sqrt().item()))
+    if not found:
+        raise ValueError("tape holds no modulation; capture '*mod*.shift*', '*mod*.scale*' and '*mod*.gate*'")
+    made, panels = figure(1, len(found), (3.2 * len(found) + 0.6, 0.8 + 0.2 * max(map(len, found.values()))))
+    for axes, (kind, values) in zip(panels, found.items(), strict=True):
+        axes.barh(range(len(values)), [value for _, value in values], color=COLOURS[0])
+        axes.set_yticks(range(len(values)), [label for label, _ in values], fontsize=8)
+        axes.invert_yaxis()
+        axes.set(title=kind, xlabel="root mean square")
+    return made
+
+
+def latents(latent: Float[Tensor, "channels h w"]) -> Figure:
+    """Every channel of one latent, all on one scale."""
+    count = latent.shape[0]
+    columns = min(8, count)
+    rows = math.ceil(count / columns)
+    made, panels = figure(rows, columns, (1.15 * columns + 0.8, 1.3 * rows + 0.3))
+    most = float(latent.abs().float().quantile(0.995)) or 1.0
+    for i, axes in enumerate(panels):
+        axes.axis("off")
+        if i < count:
+            shown = _heat(axes, latent[i], f"channel {i}", "", "", True, vmin=-most, vmax=most, aspect="equal")
+    made.colorbar(shown, ax=panels, label="value", shrink=0.8)
+    return made
+
+
+def histograms(tensors: Tape | dict[str, Tensor], bins: int = 80) -> Figure:
+    """The values of a few tensors, each as a curve of shares."""
+    made, (axes,) = figure()
+    for name, tensor in tensors.items():
+        values = tensor.detach().float().flatten()
+        heights, edges = np.histogram(values.cpu().numpy(), bins=bins)
+        axes.plot((edges[1:] + edges[:-1]) / 2, heights / heights.sum(), label=name)
+    axes.set(xlabel="value", ylabel="share of the values", yscale="log")
+    axes.legend()
+    return made
+
+
+def residual_norms(tape: Tape) -> Figure:
+    """The length of the residual streams through depth, the mean over the tokens of each stream.
+
+    Capture ``["double_blocks.*.output", "single_blocks.*.output"]``, and the inputs of the first block if wanted.
+    """
+    lines: dict[str, list[tuple[str, float]]] = {}
+    split = tape.text_tokens
+    for name, tensor in tape.items():
+        if match := re.fullmatch(r"(double|single)_blocks\.(\d+)\.(?:(img|txt)\.)?output", name):
+            place = f"{match[1][0]}{match[2]}"
+            length = tensor.float().norm(dim=-1)
+            if match[3]:
+                lines.setdefault(match[3], []).append((place, length.mean().item()))
+            elif split is not None:
+                lines.setdefault("txt", []).append((place, length[:, :split].mean().item()))
+                lines.setdefault("img", []).append((place, length[:, split:].mean().item()))
+    if not lines:
+        raise ValueError("tape holds no residual stream; capture 'double_blocks.*.output' and 'single_blocks.*.output'")
+    made, (axes,) = figure(size=(8, 3.6))
+    for stream, points in lines.items():
+        label = {"img": "image tokens", "txt": "text tokens"}[stream]
+        axes.plot([place for place, _ in points], [value for _, value in points], marker="o", label=label)
+    axes.set(xlabel="after block (d double, s single)", ylabel="mean length of a token", title="Residual streams")
+    axes.set_ylim(bottom=0)
+    axes.tick_params(axis="x", labelsize=8, rotation=90 if len(points) > 24 else 0)
+    axes.legend()
+    return made
+
+
+def word_attention(
+    weights: Float[Tensor, "image_tokens words"], labels: Sequence[str], height: int, width: int, picture: Image.Image
+) -> Figure:
+    """Where in the picture each word is looked at from: the attention of image tokens to it, laid over the picture.
+
+    Args:
+        weights: what each image token gives each word; rows in the order of the tokens.
+        labels: the words.
+        height: of the picture, in pixels.
+        width: likewise.
+        picture: what was painted.
+    """
+    columns = min(6, len(labels) + 1)
+    rows = math.ceil((len(labels) + 1) / columns)
+    made, panels = figure(rows, columns, (1.6 * columns, 1.8 * rows * height / width + 0.3))
+    maps = weights.detach().float().cpu().reshape(height // 16, width // 16, len(labels))
+    for i, axes in enumerate(panels):
+        axes.axis("off")
+        if i == 0:
+            axes.imshow(picture)
+            axes.set_title("picture")
+        elif i <= len(labels):
+            axes.imshow(picture.convert("L"), cmap="gray", vmin=-255, vmax=400)
+            box = (0, picture.width, picture.height, 0)
+            part = maps[..., i - 1]
+            axes.imshow(part, cmap="inferno", alpha=0.65, extent=box, interpolation="bilinear", vmin=0)
+            axes.set_title(f"{labels[i - 1]}\n{part.max():.3f}", fontsize=9)
+    return made
+
+
+def head_grid(tape: Tape, value: Callable[[Tensor], Tensor], title: str, label: str) -> Figure:
+    """One number for each head of each block whose attention was captured.
+
+    Args:
+        tape: with attention weights.
+        value: takes one block's weights ``B H Q K`` and gives ``H`` numbers.
+        title: of the picture.
+        label: of the numbers.
+    """
+    found = [(name.removesuffix(".attention"), value(t)) for name, t in tape.items() if name.endswith("attention")]
+    if not found:
+        raise ValueError("tape holds no attention weights; capture '*.attention'")
+    made, (axes,) = figure(size=(1.5 + 0.45 * len(found[0][1]), 0.9 + 0.34 * len(found)))
+    shown = _heat(axes, torch.stack([numbers for _, numbers in found]), title, "head", "")
+    axes.set_yticks(range(len(found)), [name.replace("_blocks.", " ") for name, _ in found])
+    axes.set_xticks(range(len(found[0][1])))
+    made.colorbar(shown, ax=axes, label=label)
+    return made
+
+
+def tensor_map(tensor: Tensor, title: str = "") -> Figure:
+    """Any tensor as a picture: the last two axes, the first of each axis before them."""
+    flat = tensor.detach().float()
+    while flat.ndim > 2:
+        flat = flat[0]
+    made, (axes,) = figure(size=(7.5, 3.8))
+    matrix = flat if flat.ndim == 2 else flat.reshape(1, -1)
+    shown = _heat(axes, matrix, f"{title} {list(tensor.shape)}", "last axis", "axis before it")
+    made.colorbar(shown, ax=axes, label="value")
+    return made

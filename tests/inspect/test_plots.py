@@ -1,0 +1,90 @@
+"""Each picture is drawn, with named axes, from what it says it is drawn from."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fluxlab as fl
+from fluxlab.inspect.explore import explore, view
+from tests.conftest import randomise
+
+NAMES = ["*.output", "*mod*.shift*", "*mod*.scale*", "*mod*.gate*", "*.attention", "double_blocks.0.q"]
+
+
+@pytest.fixture(scope="module")
+def tape():
+    model = randomise(fl.build("flux-tiny-dev"))
+    with torch.no_grad(), fl.capture(model, NAMES) as tape:
+        model(**fl.example_inputs("flux-tiny-dev").kwargs())
+    return tape
+
+
+def pictures(tape):
+    words = tape["single_blocks.3.attention"][0].mean(0)[32:, :3]
+    yield fl.plots.schedule()
+    yield fl.plots.time_embedding()
+    yield fl.plots.rotation()
+    yield fl.plots.modulation(tape)
+    yield fl.plots.latents(torch.randn(16, 16, 12))
+    yield fl.plots.histograms({"q": tape["double_blocks.0.q"]})
+    yield fl.plots.residual_norms(tape)
+    yield fl.plots.word_attention(words, ["a", "red", "ring"], 128, 128, Image.new("RGB", (128, 128), "gray"))
+    yield fl.plots.head_grid(tape, lambda w: w[0, :, 32:, :32].sum(-1).mean(-1), "Image to text", "share")
+    yield fl.plots.bars(fl.parameter_table("flux-dev"), "parameters")
+    yield fl.plots.tensor_map(tape["double_blocks.0.q"], "q")
+
+
+def test_every_picture_is_drawn_and_none_is_left_open(tape):
+    for figure in pictures(tape):
+        figure.canvas.draw()
+        pixels = np.asarray(figure.canvas.buffer_rgba())
+        assert len(np.unique(pixels.reshape(-1, 4), axis=0)) > 10  # not an empty page
+        for axes in figure.axes:
+            assert not axes.axison or axes.get_xlabel() or axes.get_ylabel()
+    assert plt.get_fignums() == []
+
+
+def test_signed_values_are_centred_on_zero():
+    figure = fl.plots.tensor_map(torch.tensor([[-1.0, 3.0], [0.5, 0.0]]))
+    low, high = figure.axes[0].images[0].get_clim()
+    assert low == -high < 0
+
+
+def test_the_schedule_drawn_is_the_schedule():
+    line = fl.plots.schedule(steps=[4], image_tokens=[1024]).axes[0].lines[0]
+    assert list(line.get_ydata()) == fl.schedule(4, 1024)
+
+
+def test_residual_norms_are_those_of_the_streams(tape):
+    lines = {line.get_label(): line.get_ydata() for line in fl.plots.residual_norms(tape).axes[0].lines}
+    expected = tape["single_blocks.3.output"][:, tape.text_tokens :].norm(dim=-1).mean().item()
+    assert lines["image tokens"][-1] == pytest.approx(expected)
+    assert len(lines["text tokens"]) == 6
+
+
+@pytest.mark.parametrize("draw", [fl.plots.modulation, fl.plots.residual_norms])
+def test_a_tape_without_what_is_needed_is_refused(draw):
+    with pytest.raises(ValueError, match="tape holds no .*; capture"):
+        draw(fl.Tape())
+
+
+def test_the_menus_choose_what_is_shown(tape):
+    pytest.importorskip("ipywidgets")
+    box = explore(tape, words=["a", "red"])
+    controls = {control.description: control for control in box.children[0].children}
+    assert list(controls["tensor"].options) == list(tape)
+    controls["tensor"].value = "double_blocks.0.q"
+    assert controls["head"].max == 3
+    controls["tensor"].value = "double_blocks.0.img.output"
+    assert controls["head"].max == 0
+    with pytest.raises(ValueError, match="tape is empty"):
+        explore(fl.Tape())
+
+
+def test_a_word_narrows_attention_to_its_column(tape):
+    weights = tape["double_blocks.0.attention"]
+    one = view(weights, "double_blocks.0.attention", head=2, word=5).axes[0].images[0].get_array()
+    assert one.shape == (1, weights.shape[2])
+    np.testing.assert_allclose(one[0], weights[0, 2, :, 5], rtol=1e-6)

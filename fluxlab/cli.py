@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -70,15 +70,24 @@ def generate(
 def export(
     output: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("exported"),
 ) -> None:
-    """Make everything in exported/ again: the map of the model, and a grid of prompts and pictures."""
+    """Make everything in exported/ again: maps, diagrams, a graph, and grids of prompts and pictures."""
     from fluxlab.inspect.gallery import gallery
 
     output.mkdir(parents=True, exist_ok=True)
+
+    def made(name: str, thing: Any) -> None:
+        thing.save(output / name)
+        typer.echo(output / name)
+
     for name in ("flux-dev", "flux-schnell", "flux-tiny-dev"):
-        fl.model_map(name).save(output / f"{name}-map.svg")
-        typer.echo(output / f"{name}-map.svg")
-    gallery("flux-tiny-dev").save(output / "flux-tiny-dev-gallery.png")
-    typer.echo(output / "flux-tiny-dev-gallery.png")
+        made(f"{name}-map.svg", fl.model_map(name))
+    for name in ("flux-dev", "flux-tiny-dev"):
+        made(f"{name}-double-block.svg", fl.block_diagram("double", name))
+        made(f"{name}-single-block.svg", fl.block_diagram("single", name))
+    model = fl.build("flux-tiny-dev")
+    made("flux-tiny-dev-graph.svg", fl.graph(model, fl.example_inputs("flux-tiny-dev")))
+    for name in ("flux-tiny-dev", "flux-tiny-schnell"):
+        made(f"{name}-gallery.png", gallery(name))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -34,7 +35,9 @@ def graph(module: nn.Module, inputs: FluxInputs | Mapping[str, Tensor] | Tensor)
             output = module(inputs)
         else:
             output = module(**(inputs.kwargs() if isinstance(inputs, FluxInputs) else inputs))
+    numbers: dict[str, int] = {}  # nodes are named by their places in memory: by their order, each run draws the same
     dot = make_dot(output, params=parameters)
-    drawn = pygraphviz.AGraph(string=dot.source).draw(format="svg", prog="dot")
+    source = re.sub(r"\b\d{9,}\b", lambda place: f"n{numbers.setdefault(place[0], len(numbers))}", dot.source)
+    drawn = pygraphviz.AGraph(string=source).draw(format="svg", prog="dot")
     svg = drawn.decode("utf-8")
     return Diagram(svg[svg.index("<svg") :])

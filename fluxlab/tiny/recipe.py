@@ -17,7 +17,7 @@ class Recipe:
     pictures: int = 24_000  # of the usual size; a sixteenth of that, or fewer, for each other size
     flow_steps: int = 14_000
     guidance_steps: int = 1_500
-    pairs: int = 16_000  # noise and picture of flux-tiny-dev, of the usual size, for flux-tiny-schnell
+    pairs: int = 12_000  # noise and picture of flux-tiny-dev, of the usual size, for flux-tiny-schnell
     schnell_guidance: float = 4.0  # at which they are painted
     reflow_steps: int = 3_000
     measured: int = 256  # held-out prompts

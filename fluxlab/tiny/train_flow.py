@@ -66,9 +66,13 @@ def train_flow(run: Path, recipe: Recipe, autoencoder: AutoEncoder) -> tuple[Flu
     return model.requires_grad_(False), text
 
 
-def compiled(recipe: Recipe, module: nn.Module) -> Callable[..., Tensor]:
-    """The module's forward, compiled anew for each size of picture, where the recipe wants it."""
-    return torch.compile(module, dynamic=False) if recipe.compile else module
+def compiled(recipe: Recipe, module: Flux) -> Callable[..., Tensor]:
+    """The model's forward, compiled for pictures of the usual size; for the others, which are few, it would not pay."""
+    if not recipe.compile:
+        return module
+    fast = torch.compile(module, dynamic=False)
+    usual = (DEV.size // 16) ** 2
+    return lambda img, *others: (fast if img.shape[1] == usual else module)(img, *others)
 
 
 def flow_inputs(start: Tensor, txt: Tensor, y: Tensor, guidance: float | None = None) -> FluxInputs:

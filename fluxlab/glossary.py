@@ -229,6 +229,23 @@ _TABLE = (
 )
 del _
 
+# The VAE's weights, by pattern. Their shapes follow from the config, level by level: explain reads them off the model.
+AUTOENCODER = {
+    r"(encoder|decoder)\.conv_in": "First convolution: from pixels, or from the latent, to features.",
+    r"(encoder|decoder)\.conv_out": "Last convolution: to the latent's mean and log variance, or to pixels.",
+    r"(encoder|decoder)\.norm_out": "GroupNorm before the last convolution.",
+    r"(encoder\.down|decoder\.up)\.\d+\.block\.\d+\.norm[12]": "GroupNorm of a residual block, before its convolution.",
+    r"(encoder\.down|decoder\.up)\.\d+\.block\.\d+\.conv[12]": "Convolution of a residual block.",
+    r"(encoder\.down|decoder\.up)\.\d+\.block\.\d+\.nin_shortcut": "1x1 convolution past a block that widens.",
+    r"encoder\.down\.\d+\.downsample\.conv": "Strided convolution that halves the side.",
+    r"decoder\.up\.\d+\.upsample\.conv": "Convolution after the side was doubled.",
+    r"(encoder|decoder)\.mid\.block_[12]\.norm[12]": "GroupNorm of a residual block at the lowest resolution.",
+    r"(encoder|decoder)\.mid\.block_[12]\.conv[12]": "Convolution of a residual block at the lowest resolution.",
+    r"(encoder|decoder)\.mid\.attn_1\.norm": "GroupNorm before the VAE's attention.",
+    r"(encoder|decoder)\.mid\.attn_1\.[qkv]": "1x1 convolution that makes queries, keys or values of the latent cells.",
+    r"(encoder|decoder)\.mid\.attn_1\.proj_out": "1x1 convolution after the VAE's attention.",
+}
+
 _STREAMS = {"img": ("image", "I"), "txt": ("text", "T")}
 
 
@@ -285,3 +302,13 @@ def table(config: FluxConfig, *kinds: Kind) -> dict[str, Entry]:
         return heads.index(head), int(number)
 
     return {entry.name: entry for entry in sorted(found, key=place)}
+
+
+def autoencoder_entry(name: str) -> Entry | None:
+    """What a weight of the VAE is; None if no weight of it has such a name."""
+    layer, _, part = name.rpartition(".")
+    for pattern, meaning in AUTOENCODER.items():
+        if part in ("weight", "bias") and re.fullmatch(pattern, layer):
+            bias = f"Bias: {meaning[0].lower()}{meaning[1:]}"
+            return Entry(name, "weight", "", meaning if part == "weight" else bias, "10")
+    return None

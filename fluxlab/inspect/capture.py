@@ -172,9 +172,11 @@ def capture(
         limit: GiB that the tape may hold.
 
     Raises:
-        ValueError: a name picks nothing; heads or tokens that the model has not.
+        ValueError: a name picks nothing; heads or tokens that the model has not; a dtype that holds no fractions.
         MemoryError: the tape would grow above the limit.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}; give a floating dtype of torch, such as torch.float16")
     tape, chosen = Tape(), choose(model, names)
 
     def keep(name: str, tensor: Tensor, nbytes: int | None = None) -> bool:

@@ -9,13 +9,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 import fluxlab
 from fluxlab.config import Variant
 from fluxlab.config import variant as find_variant
-from fluxlab.glossary import Entry, entries, expand, table
+from fluxlab.glossary import Entry, autoencoder_entry, entries, expand, table
 from fluxlab.inspect import capture
 from fluxlab.inspect.names import nearest
 from fluxlab.model.attention import attention
+from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux, build
 from fluxlab.pipeline.latents import grid
 
@@ -48,6 +52,8 @@ def explanation(name: str, variant: str = "flux-dev") -> str:
     ]
     if name in named:  # one block's own
         found = [replace(found[0], name=name)]
+    if not found and name.startswith(("encoder.", "decoder.")):
+        return _of_autoencoder(name, chosen)
     if not found:
         raise ValueError(f"{name!r} is no name of {variant}; {nearest(name, list(named))}")
     model = build(variant, device="meta")
@@ -66,7 +72,22 @@ def _told(entry: Entry, chosen: Variant, model: Flux) -> str:
     return "\n".join(lines)
 
 
-def source_line(name: str, model: Flux) -> str:
+def _of_autoencoder(name: str, chosen: Variant) -> str:
+    with torch.device("meta"):
+        model = AutoEncoder(chosen.autoencoder)
+    shapes = {key: list(weight.shape) for key, weight in model.state_dict().items()}
+    told = [
+        f"{key}  (weight, chapter {entry.chapter})\n  {entry.meaning}\n  {shapes[key]} in the VAE of {chosen.name}\n"
+        f"  {source_line(key, model)}"
+        for key in shapes
+        if fnmatchcase(key, name) and (entry := autoencoder_entry(key))
+    ]
+    if not told:
+        raise ValueError(f"{name!r} is no weight of the VAE of {chosen.name}; {nearest(name, list(shapes))}")
+    return "\n\n".join(told)
+
+
+def source_line(name: str, model: nn.Module) -> str:
     """File, line and text of where the tensor or weight of that name is made, in the library."""
     ours = {path: part for path, part in model.named_modules() if type(part).__module__.startswith("fluxlab")}
     owner = max((path for path in ours if not path or name.startswith(f"{path}.")), key=len)

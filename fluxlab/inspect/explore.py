@@ -1,7 +1,8 @@
-"""A tape behind menus, in JupyterLab: choose a tensor, a forward and a head, and see it."""
+"""A tape behind menus, in JupyterLab: choose a tensor, a block, a step, a head and a word, and see it."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def explore(tape: Tape, words: list[str] | None = None) -> Any:
-    """Menus over a tape; what is shown without widgets, on a page, is the static picture of the first tensor.
+    """Menus over a tape. Where there are no widgets, on a page, ``view`` and ``fl.plots`` give the same pictures.
 
     Args:
         tape: what was captured.
@@ -28,25 +29,32 @@ def explore(tape: Tape, words: list[str] | None = None) -> Any:
     import ipywidgets
     from IPython.display import display
 
-    name = ipywidgets.Dropdown(options=list(tape), description="tensor")
-    forward = ipywidgets.IntSlider(min=0, max=max(tape.forwards - 1, 0), description="forward")
+    blocks: dict[str, dict[str, str]] = {}  # names without their block's number; of each, the numbers there are
+    for name in tape:
+        parts = re.split(r"(?<=_blocks\.)(\d+)", name)
+        blocks.setdefault("*".join(parts[::2]), {})[parts[1] if len(parts) > 1 else "-"] = name
+    tensor = ipywidgets.Dropdown(options=list(blocks), description="tensor")
+    block = ipywidgets.Dropdown(options=list(blocks[tensor.value]), description="block")
+    step = ipywidgets.IntSlider(min=0, max=max(tape.forwards - 1, 0), description="step")
     head = ipywidgets.IntSlider(min=0, max=0, description="head")
-    word = ipywidgets.Dropdown(
-        options=[("all", None), *((w, i) for i, w in enumerate(words or []))], description="word"
-    )
+    choices = [("all", None), *((word, i) for i, word in enumerate(words or []))]
+    word = ipywidgets.Dropdown(options=choices, description="word")
     out = ipywidgets.Output()
 
-    def show(_: Any = None) -> None:
-        tensor = tape.forward(forward.value)[name.value]
-        head.max = tensor.shape[1] - 1 if tensor.ndim == 4 else 0
+    def show(change: Any = None) -> None:
+        if change is not None and change["owner"] is tensor:
+            block.options = list(blocks[tensor.value])
+        name = blocks[tensor.value][block.value]
+        found = tape.forward(step.value)[name]
+        head.max = found.shape[1] - 1 if found.ndim == 4 else 0
         out.clear_output(wait=True)
         with out:
-            display(view(tensor, name.value, head.value, word.value))  # type: ignore[no-untyped-call]
+            display(view(found, name, head.value, word.value))  # type: ignore[no-untyped-call]
 
-    for control in (name, forward, head, word):
+    for control in (tensor, block, step, head, word):
         control.observe(show, names="value")
     show()
-    return ipywidgets.VBox([ipywidgets.HBox([name, forward, head, word]), out])
+    return ipywidgets.VBox([ipywidgets.HBox([tensor, block]), ipywidgets.HBox([step, head, word]), out])
 
 
 def view(tensor: Tensor, name: str, head: int = 0, word: int | None = None) -> Figure:

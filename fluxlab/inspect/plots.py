@@ -211,12 +211,12 @@ def word_attention(
     for i, axes in enumerate(panels):
         axes.axis("off")
         if i == 0:
-            axes.imshow(picture)
+            axes.imshow(np.asarray(picture))
             axes.set_title("picture")
         elif i <= len(labels):
-            axes.imshow(picture.convert("L"), cmap="gray", vmin=-255, vmax=400)
+            axes.imshow(np.asarray(picture.convert("L")), cmap="gray", vmin=-255, vmax=400)
             box = (0, picture.width, picture.height, 0)
-            part = maps[..., i - 1]
+            part = maps[..., i - 1].numpy()
             axes.imshow(part, cmap="inferno", alpha=0.65, extent=box, interpolation="bilinear", vmin=0)
             axes.set_title(f"{labels[i - 1]}\n{part.max():.3f}", fontsize=9)
     return made

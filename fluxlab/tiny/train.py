@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.tiny.distil import distil_guidance, distil_steps
 from fluxlab.tiny.measure import measure_all
@@ -49,7 +50,7 @@ def train(run: Path, recipe: Recipe | None = None, output: Path | None = None) -
     schnell = distil_steps(run, recipe, autoencoder, dev, text)
     if output is not None:
         pipes = [Pipeline(DEV, dev, autoencoder, text), Pipeline(SCHNELL, schnell, autoencoder, text)]
-        publish(run, output, pipes)
+        publish(run, output, pipes, teacher)
         if not (run / "measures.json").exists():
             rows = [row for pipe in pipes for row in measure_all(pipe, recipe.measured)]
             write_text(json.dumps(rows, indent=1) + "\n", run / "measures.json")
@@ -65,20 +66,21 @@ def _same_recipe(path: Path, recipe: Recipe) -> None:
     write_text(json.dumps(given, indent=2) + "\n", path)
 
 
-def publish(run: Path, output: Path, pipes: list[Pipeline]) -> None:
+def publish(run: Path, output: Path, pipes: list[Pipeline], teacher: Flux) -> None:
     """Write flux-tiny as the library loads it: official names, bfloat16, text encoders in the Hugging Face format.
 
-    The modules given are rounded too, so that what is measured is what is written. Beside them: the recipe, the
-    losses, and the sample grids of a few steps of each stage.
+    The modules given are rounded too, so that what is measured is what is written. Beside them: the teacher, which has
+    flux-tiny-schnell's sizes and needs CFG, the recipe, the losses, and the sample grids of a few steps of each stage.
     """
     (output / "training").mkdir(parents=True, exist_ok=True)
     shared = pipes[0]
     files: list[tuple[str, Any, dict[str, str] | None]] = [
         (pipe.variant.transformer_file, pipe.model, None) for pipe in pipes
     ]
+    files.append(("training/teacher.safetensors", teacher, None))
     files.append((shared.variant.autoencoder_file, shared.autoencoder, factors(shared.autoencoder.config)))
     for name, module, metadata in files:
-        write_tensors(module.to(torch.bfloat16).state_dict(), output / Path(name).name, metadata)
+        write_tensors(module.to(torch.bfloat16).state_dict(), output / name.removeprefix("flux-tiny/"), metadata)
         module.to(torch.float32)
     for name in ("t5", "clip"):
         encoder: Any = getattr(shared.text, name)

@@ -153,6 +153,13 @@ def test_attention_of_what_is_not_there_is_refused(model, inputs, options, said)
     assert traces(model) == []
 
 
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("dtype", ["float16", torch.int8])
+def test_a_dtype_that_cannot_hold_the_numbers_is_refused(model, dtype):
+    with pytest.raises(ValueError, match="give a floating dtype"), fl.capture(model, "vec", dtype=dtype):
+        pass
+
+
 def test_the_tape_stops_at_its_limit(model, inputs):
     with pytest.raises(MemoryError, match="raise limit"), fl.capture(model, "*", limit=1e-3):
         model(**inputs)

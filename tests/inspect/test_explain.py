@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import fluxlab as fl
-from fluxlab.glossary import entries
+from fluxlab.glossary import autoencoder_entry, entries
 from fluxlab.inspect.explain import explanation, source_line
 
 ROOT = Path(fl.__file__).parents[1]
@@ -57,3 +57,14 @@ def test_no_name_is_listed_twice():
     names = [(entry.name, entry.kind) for entry in entries()]
     assert len(names) == len(set(names))
     assert all(entry.meaning.endswith(".") and re.fullmatch(r"\d\d", entry.chapter) for entry in entries())
+
+
+def test_every_weight_of_the_vae_is_explained():
+    keys = fl.AutoEncoder(fl.VARIANTS["flux-tiny-dev"].autoencoder).state_dict()
+    assert all(autoencoder_entry(key) for key in keys)
+    assert explanation("encoder.*", "flux-tiny-dev").count("chapter 10") == sum(key.startswith("enc") for key in keys)
+    told = explanation("decoder.mid.attn_1.q.weight")
+    assert "[512, 512, 1, 1] in the VAE of flux-dev" in told
+    assert "autoencoder.py" in told
+    with pytest.raises(ValueError, match="no weight of the VAE"):
+        explanation("decoder.mid.attn_2.q.weight")

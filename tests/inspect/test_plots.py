@@ -75,11 +75,13 @@ def test_a_tape_without_what_is_needed_is_refused(draw):
 def test_the_menus_choose_what_is_shown(tape):
     pytest.importorskip("ipywidgets")
     box = explore(tape, words=["a", "red"])
-    controls = {control.description: control for control in box.children[0].children}
-    assert list(controls["tensor"].options) == list(tape)
-    controls["tensor"].value = "double_blocks.0.q"
+    controls = {control.description: control for row in box.children[:2] for control in row.children}
+    assert list(controls) == ["tensor", "block", "step", "head", "word"]
+    controls["tensor"].value = "double_blocks.*.attention"
+    assert list(controls["block"].options) == ["0", "1"]
+    controls["block"].value = "1"
     assert controls["head"].max == 3
-    controls["tensor"].value = "double_blocks.0.img.output"
+    controls["tensor"].value = "double_blocks.*.img.output"
     assert controls["head"].max == 0
     with pytest.raises(ValueError, match="tape is empty"):
         explore(fl.Tape())

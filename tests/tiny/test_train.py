@@ -30,6 +30,7 @@ def test_all_stages_run_resume_and_write_what_the_library_loads(tmp_path, monkey
     assert loaded.autoencoder.config.shift_factor == float(factors["shift_factor"])
     record = {path.name for path in (output / "training").iterdir()}
     assert record >= {"recipe.json", "flow.jsonl", "guidance.jsonl", "steps.jsonl", "flow-00001.png", "steps-00002.png"}
+    fl.load_weights(fl.build("flux-tiny-schnell", device="meta"), output / "training/teacher.safetensors")
     measures = json.loads((output / "training/measures.json").read_text())
     assert {row["variant"] for row in measures} == {"flux-tiny-dev", "flux-tiny-schnell"}
 

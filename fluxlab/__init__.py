@@ -11,6 +11,7 @@ from fluxlab.inspect.explain import explain
 from fluxlab.inspect.explore import explore
 from fluxlab.inspect.graph import graph
 from fluxlab.inspect.names import tensor_names
+from fluxlab.inspect.onnx.export import export_onnx
 from fluxlab.inspect.tables import flops, memory, parameter_table, summary
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.embeddings import timestep_embedding
@@ -49,6 +50,7 @@ __all__ = [
     "example_inputs",
     "explain",
     "explore",
+    "export_onnx",
     "flops",
     "graph",
     "image_ids",

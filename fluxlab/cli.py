@@ -8,6 +8,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 import fluxlab as fl
+from fluxlab.inspect.onnx.export import GRAPHS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="FLUX.1, opened.")
 
@@ -68,9 +69,38 @@ def generate(
 
 @app.command()
 def export(
-    output: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("exported"),
+    variant: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="Of which model to write an ONNX file. [default: make everything in exported/ again]"),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The folder for everything, or the one ONNX file.")] = Path("exported"),
+    part: Annotated[
+        str, typer.Option(help="transformer, double_block, single_block, encoder, decoder, t5 or clip.")
+    ] = "transformer",
+    weights: Annotated[bool, typer.Option(help="Write the numbers too, so that the file runs.")] = False,
+    source: Annotated[Optional[str], typer.Option(help="Where a full-size model's weights are.")] = None,  # noqa: UP045
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    opset: Annotated[int, typer.Option(help="17 to 24; below 23, norms and attention are spelled out.")] = 23,
+    flat: Annotated[bool, typer.Option(help="Without functions, for tools that know none.")] = False,
 ) -> None:
-    """Make everything in exported/ again: maps, diagrams, a graph, and grids of prompts and pictures."""
+    """Write ONNX graphs, maps, diagrams and grids of pictures: all of exported/, or one model's ONNX file."""
+    if variant is not None:
+        target = output / f"{variant}-{part}.onnx" if output.is_dir() else output
+        try:
+            fl.export_onnx(
+                variant,
+                target,
+                part,  # type: ignore[arg-type]
+                weights=weights,
+                source=source,
+                dtype=dtype,
+                opset=opset,
+                flat=flat,
+            )
+        except (ValueError, OSError) as error:
+            raise _fail(error) from error
+        typer.echo(f"{target}: {target.stat().st_size / 1e3:,.0f} kB")
+        return
     from fluxlab.inspect.gallery import gallery
 
     output.mkdir(parents=True, exist_ok=True)
@@ -88,6 +118,9 @@ def export(
     made("flux-tiny-dev-graph.svg", fl.graph(model, fl.example_inputs("flux-tiny-dev")))
     for name in ("flux-tiny-dev", "flux-tiny-schnell"):
         made(f"{name}-gallery.png", gallery(name))
+    for file, (name, kind) in GRAPHS.items():
+        fl.export_onnx(name, output / file, kind)
+        typer.echo(output / file)
 
 
 @app.command()

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import fluxlab
 from fluxlab.config import Variant
 from fluxlab.config import variant as find_variant
 from fluxlab.glossary import Entry, autoencoder_entry, entries, expand, table
@@ -108,5 +107,5 @@ def _line(thing: Any, pattern: str) -> str:
     first = next(n for n, line in enumerate(lines) if re.match(rf"(class|def) {thing.__name__}\b", line))
     end = next((n for n in range(first + 1, len(lines)) if re.match(r"(class|def|@)", lines[n])), len(lines))
     found = (n for n in range(first, end) if re.search(pattern, lines[n]))
-    place = file.relative_to(Path(fluxlab.__file__).parents[1])
+    place = file.relative_to(Path(__file__).parents[2])
     return next((f"{place.as_posix()}:{n + 1}  {lines[n].strip()}" for n in found), "")

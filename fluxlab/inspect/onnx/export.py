@@ -1,0 +1,207 @@
+"""FLUX as ONNX files: to look at, without weights, or to run, with them. Opened in chapter 13."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fluxlab.config import Variant, variant
+from fluxlab.model.autoencoder import AutoEncoder
+from fluxlab.model.transformer import build
+from fluxlab.pipeline.text import TextEncoders
+from fluxlab.weights.files import replacing
+from fluxlab.weights.find import find_files
+from fluxlab.weights.load import autoencoder_config, load_weights
+
+Part = Literal["transformer", "double_block", "single_block", "encoder", "decoder", "t5", "clip"]
+PARTS: tuple[Part, ...] = ("transformer", "double_block", "single_block", "encoder", "decoder", "t5", "clip")
+GRAPHS: dict[str, tuple[str, Part]] = {  # those in exported/, without weights, to open in Netron
+    "flux-dev.onnx": ("flux-dev", "transformer"),
+    "flux-schnell.onnx": ("flux-schnell", "transformer"),
+    "flux-fill-dev.onnx": ("flux-fill-dev", "transformer"),
+    "flux-dev-double-block.onnx": ("flux-dev", "double_block"),
+    "flux-dev-single-block.onnx": ("flux-dev", "single_block"),
+    "vae-encoder.onnx": ("flux-dev", "encoder"),
+    "vae-decoder.onnx": ("flux-dev", "decoder"),
+}
+_TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_EMBED = 1.8e9  # bytes of weights that are kept inside the file; protobuf ends at 2 GiB
+_ALIGN = 4096  # bytes: a weight in a file of its own starts at a multiple, so that it can be mapped
+
+
+def export_onnx(
+    name: str,
+    path: str | Path,
+    part: Part = "transformer",
+    *,
+    weights: bool | Mapping[str, Tensor] = False,
+    source: str | Path | None = None,
+    dtype: str = "float32",
+    opset: int = 23,
+    flat: bool = False,
+) -> None:
+    """Write a part of a model as an ONNX file.
+
+    Each kind of block, and of part inside it, is one local function, called with its weights by their official names:
+    the whole transformer of FLUX.1 is under 80 nodes. Without weights the file has every name, dtype and shape, and
+    says that the numbers are in a file beside it, ``{path}.weights``, which is not written; with weights it runs. Above
+    1.8 GB they are written to that file, a tensor at a time.
+
+    Args:
+        name: of the variant.
+        path: of the file to write.
+        part: which part; the text encoders have functions of no ours and need their weights.
+        weights: whether to write the numbers too, from the variant's files; or the tensors themselves, by their names
+            in the part's ``state_dict``.
+        source: where the weights are, as ``fl.load`` takes it.
+        dtype: of weights and features: float32, float16 or bfloat16.
+        opset: 23 or later has norms, rotation and attention as single operators; 17 to 22 spell them out.
+        flat: put the functions' nodes in their callers' places, for tools that know no functions.
+
+    Raises:
+        ConfigError: no such variant.
+        ValueError: no such part, dtype or opset; text encoders without weights.
+        WeightsError: weights that are asked for are not found.
+        OSError: the file cannot be written.
+    """
+    chosen = variant(name)
+    for given, said, known in ((part, "part", PARTS), (dtype, "dtype", tuple(_TORCH))):
+        if given not in known:
+            raise ValueError(f"{said} is {given!r}; it is one of {', '.join(known)}")
+    if not 17 <= opset <= 24:
+        raise ValueError(f"opset is {opset}; 17 to 24 are written, 23 by default")
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target}: there is no folder {target.parent}")
+    if part in ("t5", "clip"):
+        if weights is not True:
+            raise ValueError(f"part {part!r} is traced from the encoder on disk; ask for weights=True")
+        return _write_text_encoder(chosen, part, source, _TORCH[dtype], opset, target)
+    model = _structure(chosen, part, source if weights is True else None, dtype, opset)
+    numbers = None
+    if weights is not False:
+        numbers = _numbers(chosen, part, source) if weights is True else weights.__getitem__
+    if flat:
+        from onnx import inliner
+
+        model = inliner.inline_local_functions(model)
+    _write(model, numbers, _TORCH[dtype], target)
+    return None
+
+
+def _structure(chosen: Variant, part: Part, source: str | Path | None, dtype: str, opset: int) -> Any:
+    from onnx import TensorProto
+
+    from fluxlab.inspect.onnx.autoencoder import autoencoder_graph
+    from fluxlab.inspect.onnx.transformer import block_graph, transformer_graph
+
+    kind = getattr(TensorProto, {"float32": "FLOAT"}.get(dtype, dtype.upper()))
+    if part in ("encoder", "decoder"):
+        known = chosen.embedded or source is not None
+        config = autoencoder_config(chosen, find_files(chosen, source).autoencoder) if known else chosen.autoencoder
+        return autoencoder_graph(config, part, opset, kind, chosen.name)
+    if part in ("double_block", "single_block"):
+        return block_graph(chosen.transformer, part, opset, kind, chosen.name)
+    return transformer_graph(chosen.transformer, opset, kind, chosen.name)
+
+
+def _numbers(chosen: Variant, part: Part, source: str | Path | None) -> Callable[[str], Tensor]:
+    """A weight by its name in the graph."""
+    files = find_files(chosen, source)
+    if part in ("encoder", "decoder"):
+        module: nn.Module = AutoEncoder(chosen.autoencoder)
+        tensors: Mapping[str, Tensor] = load_weights(module, files.autoencoder).state_dict()
+        return tensors.__getitem__
+    tensors = load_weights(build(chosen.name, device="meta"), files.transformer).state_dict()
+    prefix = {"double_block": "double_blocks.0.", "single_block": "single_blocks.0."}.get(part, "")
+    return lambda name: tensors[prefix + name]
+
+
+def _write(model: Any, numbers: Callable[[str], Tensor] | None, dtype: torch.dtype, target: Path) -> None:
+    """The graph, and its weights inside it or beside it; both are put in place only when they are whole."""
+    beside = target.with_name(f"{target.name}.weights")
+    sizes = [dtype.itemsize * torch.Size(tensor.dims).numel() for tensor in model.graph.initializer]
+    inside = numbers is not None and sum(sizes) < _EMBED
+    if not inside:
+        start = 0
+        for tensor, size in zip(model.graph.initializer, sizes, strict=True):
+            del tensor.external_data[:]
+            for key, value in (("location", beside.name), ("offset", start), ("length", size)):
+                tensor.external_data.add(key=key, value=str(value))
+            start += -(-size // _ALIGN) * _ALIGN
+    if numbers is not None and inside:
+        for tensor in model.graph.initializer:
+            tensor.ClearField("data_location")
+            tensor.raw_data = _bytes(numbers(tensor.name), dtype)
+    elif numbers is not None:
+        with replacing(beside) as temporary, temporary.open("wb") as file:
+            for tensor, size in zip(model.graph.initializer, sizes, strict=True):
+                file.write(_bytes(numbers(tensor.name), dtype))
+                file.write(bytes(-size % _ALIGN))
+    with replacing(target) as temporary:
+        temporary.write_bytes(model.SerializeToString())
+
+
+def _bytes(tensor: Tensor, dtype: torch.dtype) -> bytes:
+    return tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _write_text_encoder(
+    chosen: Variant, part: Part, source: str | Path | None, dtype: torch.dtype, opset: int, target: Path
+) -> None:
+    """Traced by PyTorch's own exporter: the classes are transformers', and so are the names inside."""
+    files = find_files(chosen, source)
+    text = TextEncoders.load(
+        files.t5, files.clip, chosen.t5_length, chosen.clip_length, files.t5_tokenizer, files.clip_tokenizer
+    )
+    encoder = _OneOutput(text, part).to(dtype).eval()
+    ids = torch.ones(2, text.t5_length if part == "t5" else text.clip_length, dtype=torch.int64)
+    free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("text_tokens", max=ids.shape[1])}
+    with _quiet():
+        program = torch.onnx.export(
+            encoder,
+            (ids,),
+            input_names=["ids"],
+            output_names=["txt" if part == "t5" else "y"],
+            dynamic_shapes={"ids": free},
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    with replacing(target) as temporary:
+        program.save(str(temporary), external_data=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch's exporter tells of what it has not installed and of steps within; none of it is the reader's."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+class _OneOutput(nn.Module):
+    """A text encoder from ids to the one tensor that FLUX takes of it."""
+
+    def __init__(self, text: TextEncoders, part: Part) -> None:
+        super().__init__()
+        self.encoder: Any = text.t5 if part == "t5" else text.clip
+        self.pooled = part == "clip"
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out = self.encoder(input_ids=ids)
+        return out.pooler_output if self.pooled else out.last_hidden_state

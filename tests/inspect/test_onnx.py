@@ -1,0 +1,293 @@
+"""The ONNX files: what they show, what they compute, and what is refused."""
+
+import itertools
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto
+
+import fluxlab as fl
+from fluxlab.glossary import table
+from fluxlab.inspect.onnx.export import GRAPHS
+from fluxlab.model.blocks import DoubleStreamBlock, SingleStreamBlock
+from fluxlab.weights.find import data_folder
+from tests.conftest import randomise
+
+EXPORTED = data_folder().parent / "exported"
+
+
+def session(path):
+    return onnxruntime.InferenceSession(str(path))
+
+
+def run(path, **inputs):
+    return session(path).run(None, {name: np.asarray(tensor) for name, tensor in inputs.items()})
+
+
+def relative(mine, theirs):
+    theirs = theirs.detach().numpy()
+    assert mine.shape == theirs.shape
+    return np.abs(mine - theirs).max() / np.abs(theirs).max()
+
+
+def structure(path):
+    return onnx.load(path, load_external_data=False)
+
+
+@pytest.fixture
+def with_weights_beside():
+    """A sparse file where a structure says its numbers are, since the checker wants to see one."""
+    made = []
+
+    def make(path):
+        for tensor in structure(path).graph.initializer:
+            told = {entry.key: entry.value for entry in tensor.external_data}
+        beside = path.with_name(told["location"])
+        with beside.open("wb") as file:
+            file.truncate(int(told["offset"]) + int(told["length"]))
+        made.append(beside)
+
+    yield make
+    for beside in made:
+        beside.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# To look at
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_full_transformer_is_small_and_one_node_a_block(tmp_path, with_weights_beside):
+    path = tmp_path / "flux-dev.onnx"
+    fl.export_onnx("flux-dev", path)
+    assert path.stat().st_size <= 400_000
+    graph = structure(path).graph
+    assert len(graph.node) <= 120
+    kinds = [node.op_type for node in graph.node]
+    assert (kinds.count("DoubleStreamBlock"), kinds.count("SingleStreamBlock")) == (19, 38)
+    assert [path.name for path in tmp_path.iterdir()] == ["flux-dev.onnx"]
+    with_weights_beside(path)
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "flux-fill-dev"])
+def test_every_weight_and_tensor_has_its_name_shape_and_meaning(tmp_path, name):
+    path = tmp_path / "x.onnx"
+    fl.export_onnx(name, path, dtype="bfloat16")
+    graph = structure(path).graph
+    model = fl.build(name, device="meta")
+    weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    assert weights == {key: tuple(weight.shape) for key, weight in model.state_dict().items()}
+    assert {tensor.data_type for tensor in graph.initializer} == {TensorProto.BFLOAT16}
+    used = {each for node in graph.node for each in node.input}
+    assert set(weights) <= used
+    known = table(model.config, "input", "tensor")
+    for value in [*graph.input, *graph.output, *graph.value_info]:
+        sizes = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        free = {"batch": 1, "image_tokens": 4096, "text_tokens": 512, "tokens": 4608}
+        assert tuple(free.get(size, size) for size in sizes) == known[value.name].shape(model.config)
+        assert value.doc_string == known[value.name].meaning
+    shown = {value.name for value in graph.value_info}
+    assert {f"double_blocks.{i}.img.output" for i in range(model.config.depth)} <= shown
+
+
+def test_every_function_says_what_it_is_and_is_used(tmp_path):
+    fl.export_onnx("flux-dev", tmp_path / "x.onnx")
+    model = structure(tmp_path / "x.onnx")
+    functions = {f.name: f for f in model.functions}
+    called = {
+        node.op_type for body in (model.graph, *model.functions) for node in body.node if node.domain == "fluxlab"
+    }
+    assert called == set(functions)
+    assert all(function.doc_string for function in model.functions)
+    inside = {node.name: node.doc_string for node in functions["DoubleStreamBlock"].node}
+    assert inside["img.middle"] == table(fl.FluxConfig(), "tensor")["double_blocks.0.img.middle"].meaning
+    kinds = [node.op_type for function in model.functions for node in function.node]
+    assert [kinds.count(each) for each in ("Attention", "RotaryEmbedding", "RMSNormalization")] == [3, 1, 1]
+
+
+def test_a_flat_graph_has_no_functions_and_the_same_weights(tmp_path):
+    fl.export_onnx("flux-dev", tmp_path / "flat.onnx", flat=True)
+    flat = structure(tmp_path / "flat.onnx")
+    assert not flat.functions
+    assert len(flat.graph.initializer) == 780
+    assert len(flat.graph.node) > 4_000
+
+
+@pytest.mark.parametrize("file", GRAPHS)
+def test_what_is_in_exported_is_what_the_library_writes(tmp_path, file):
+    fl.export_onnx(GRAPHS[file][0], tmp_path / file, GRAPHS[file][1])
+    committed, again = (structure(folder / file) for folder in (EXPORTED, tmp_path))
+    assert (EXPORTED / file).stat().st_size < 1_000_000
+    for mine, theirs in zip(again.graph.node, committed.graph.node, strict=True):
+        assert mine == theirs
+    assert {f.name: f for f in again.functions} == {f.name: f for f in committed.functions}
+    assert again == committed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# To run
+# ---------------------------------------------------------------------------------------------------------------------
+
+SIZES = [{"height": 128, "width": 128, "batch": 1}, {"height": 64, "width": 96, "batch": 3}]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("onnx")
+    for part in ("transformer", "encoder", "decoder", "t5", "clip"):
+        fl.export_onnx("flux-tiny-dev", folder / f"{part}.onnx", part, weights=True)
+        onnx.checker.check_model(str(folder / f"{part}.onnx"), full_check=True)
+    return folder
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("text", [32, 9])
+def test_the_transformer_computes_what_pytorch_does_at_any_size(files, tiny, size, text):
+    inputs = fl.example_inputs("flux-tiny-dev", **size).kwargs()
+    inputs |= {name: inputs[name][:, :text].contiguous() for name in ("txt", "txt_ids")}
+    with torch.no_grad():
+        theirs = tiny.model(**inputs)
+    assert relative(run(files / "transformer.onnx", **inputs)[0], theirs) < 1e-4
+
+
+@pytest.mark.parametrize(("opset", "flat"), [(17, False), (17, True), (23, True), (24, False)])
+@pytest.mark.parametrize("name", ["flux-tiny-dev", "flux-tiny-schnell"])
+def test_every_way_to_write_it_computes_the_same(tmp_path, name, opset, flat):
+    model = randomise(fl.build(name))
+    fl.export_onnx(name, tmp_path / "x.onnx", weights=model.state_dict(), opset=opset, flat=flat)
+    onnx.checker.check_model(str(tmp_path / "x.onnx"), full_check=True)
+    inputs = fl.example_inputs(name, **SIZES[1]).kwargs()
+    with torch.no_grad():
+        assert relative(run(tmp_path / "x.onnx", **inputs)[0], model(**inputs)) < 1e-4
+
+
+def test_it_runs_in_float16(tmp_path, tiny):
+    fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=True, dtype="float16")
+    inputs = fl.example_inputs("flux-tiny-dev").kwargs()
+    with torch.no_grad():
+        theirs = tiny.model(**inputs)
+    half = inputs | {name: inputs[name].half() for name in ("img", "txt", "y")}
+    assert relative(run(tmp_path / "x.onnx", **half)[0], theirs) < 2e-2
+
+
+@pytest.mark.parametrize("kind", ["double_block", "single_block"])
+def test_a_full_width_block_computes_what_pytorch_does(tmp_path, kind):
+    torch.manual_seed(0)
+    block = (DoubleStreamBlock if kind == "double_block" else SingleStreamBlock)(3072, 24, 12288).eval()
+    fl.export_onnx("flux-dev", tmp_path / "x.onnx", kind, weights=block.state_dict())
+    ids = torch.cat((fl.text_ids(1, 5), fl.image_ids(1, 32, 64)), dim=1)
+    pe = fl.build("flux-dev", depth=0, depth_single_blocks=0).pe_embedder(ids)
+    vec = torch.randn(1, 3072)
+    streams = {"x": torch.randn(1, 13, 3072)}
+    if kind == "double_block":
+        streams = {"img": torch.randn(1, 8, 3072), "txt": torch.randn(1, 5, 3072)}
+    tables = {"pe.cos": pe[:, 0, :, :, 0, 0], "pe.sin": pe[:, 0, :, :, 1, 0]}
+    with torch.no_grad():
+        theirs = block(**streams, vec=vec, pe=pe)
+    mine = run(tmp_path / "x.onnx", **streams, vec=vec, **tables)
+    for a, b in zip(mine, theirs if kind == "double_block" else [theirs], strict=True):
+        assert relative(a, b) < 1e-4
+
+
+@pytest.mark.parametrize("opset", [23, 17])
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_the_vae_computes_what_pytorch_does(tmp_path, tiny, half, opset):
+    fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", half, weights=True, opset=opset)
+    x = torch.randn(2, 16, 6, 10) if half == "decoder" else torch.rand(3, 3, 48, 80) * 2 - 1
+    with torch.no_grad():
+        theirs = tiny.autoencoder.decode(x) if half == "decoder" else tiny.autoencoder.encode(x)
+    assert relative(run(tmp_path / "x.onnx", **{"latent" if half == "decoder" else "pixels": x})[0], theirs) < 1e-4
+
+
+def test_the_text_encoders_compute_what_pytorch_does(files, tiny):
+    t5_ids, clip_ids = tiny.text.tokenize(["a red circle", "a large blue ring on the left", "a star"])
+    txt, y = tiny.text.encode(t5_ids, clip_ids)
+    assert relative(run(files / "t5.onnx", ids=t5_ids)[0], txt) < 1e-4
+    assert relative(run(files / "clip.onnx", ids=clip_ids)[0], y) < 1e-4
+    shorter, _ = tiny.text.encode(t5_ids[:, :12], clip_ids)
+    assert relative(run(files / "t5.onnx", ids=t5_ids[:, :12])[0], shorter) < 1e-4
+
+
+def test_from_prompt_to_picture_on_onnxruntime_and_numpy(files, tiny):
+    """Tokenizers, four files, numpy; the noise is the library's, so that the pictures can be compared."""
+    prompt, steps = "a small red circle left of a large blue square on a white background", 8
+    t5_ids, clip_ids = (
+        tokenizer([prompt], padding="max_length", max_length=32, return_tensors="np").input_ids
+        for tokenizer in (tiny.text.t5_tokenizer, tiny.text.clip_tokenizer)
+    )
+    [txt], [y] = run(files / "t5.onnx", ids=t5_ids), run(files / "clip.onnx", ids=clip_ids)
+    noise = fl.noise([3], 128, 128).numpy()
+    img = noise.reshape(1, 16, 8, 2, 8, 2).transpose(0, 2, 4, 1, 3, 5).reshape(1, 64, 64)
+    ids = np.zeros((8, 8, 3), np.float32)
+    ids[..., 1], ids[..., 2] = np.mgrid[:8, :8]
+    fixed = {"txt": txt, "txt_ids": np.zeros((1, 32, 3), np.float32), "img_ids": ids.reshape(1, 64, 3), "y": y}
+    fixed["guidance"] = np.array([4.0], np.float32)
+    mu = 0.5 + (1.15 - 0.5) / (4096 - 256) * (64 - 256)
+    times = np.linspace(1, 0, steps + 1)
+    times[:-1] = np.exp(mu) / (np.exp(mu) + (1 / times[:-1] - 1))
+    model = session(files / "transformer.onnx")
+    for t, t_next in itertools.pairwise(times):
+        [velocity] = model.run(None, fixed | {"img": img, "timesteps": np.array([t], np.float32)})
+        img = img + np.float32(t_next - t) * velocity
+    latent = img.reshape(1, 8, 8, 16, 2, 2).transpose(0, 3, 1, 4, 2, 5).reshape(1, 16, 16, 16)
+    [pixels] = run(files / "decoder.onnx", latent=latent)
+    mine = np.rint((pixels[0].clip(-1, 1) + 1) * 127.5).transpose(1, 2, 0)
+    theirs = np.asarray(tiny(prompt, seed=3, num_steps=steps, guidance=4.0, progress=False)).astype(int)
+    assert np.abs(mine - theirs).max() <= 1
+
+
+def test_large_weights_go_to_a_file_beside_it(tmp_path, monkeypatch):
+    from fluxlab.inspect.onnx import export
+
+    monkeypatch.setattr(export, "_EMBED", 1e6)
+    model = randomise(fl.build("flux-tiny-dev"))
+    fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=model.state_dict())
+    assert {path.name for path in tmp_path.iterdir()} == {"x.onnx", "x.onnx.weights"}
+    assert (tmp_path / "x.onnx").stat().st_size < 200_000
+    onnx.checker.check_model(str(tmp_path / "x.onnx"), full_check=True)
+    inputs = fl.example_inputs("flux-tiny-dev").kwargs()
+    with torch.no_grad():
+        assert relative(run(tmp_path / "x.onnx", **inputs)[0], model(**inputs)) < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    ("name", "options", "error", "said"),
+    [
+        ("flux-dv", {}, ValueError, "did you mean"),
+        ("flux-dev", {"part": "block"}, ValueError, "part is 'block'; it is one of transformer"),
+        ("flux-dev", {"dtype": "int8"}, ValueError, "dtype is 'int8'"),
+        ("flux-dev", {"opset": 9}, ValueError, "opset is 9; 17 to 24"),
+        ("flux-dev", {"part": "t5"}, ValueError, "weights=True"),
+        ("flux-dev", {"weights": True}, ValueError, "give source="),
+    ],
+)
+def test_what_cannot_be_written_is_refused_and_nothing_is_left(tmp_path, name, options, error, said):
+    with pytest.raises(error, match=said):
+        fl.export_onnx(name, tmp_path / "x.onnx", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(OSError, match="there is no folder"):
+        fl.export_onnx("flux-dev", tmp_path / "nowhere/x.onnx")
+
+
+def test_an_export_that_is_stopped_leaves_nothing_half_written(tmp_path, monkeypatch):
+    from fluxlab.inspect.onnx import export
+
+    monkeypatch.setattr(export, "_EMBED", 1e6)
+    weights = randomise(fl.build("flux-tiny-dev")).state_dict()
+    del weights["final_layer.linear.bias"]
+    with pytest.raises(KeyError):
+        fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=weights)
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,5 @@
 # make course: read it executed.  make test: all checks.  make lab: JupyterLab.  make notebooks: re-execute in place.
-# make bench: measure, on a quiet machine.  Each makes .venv from the pins if it is not there.
+# make screenshots: Netron's, for chapter 13.  make bench: measure, on a quiet machine.  Each makes .venv from the pins if it is not there.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -7,7 +7,7 @@ NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 COURSE := exported/course
 NBCONVERT := $(BIN)/jupyter nbconvert --log-level=ERROR
 
-.PHONY: course test lab notebooks bench
+.PHONY: course test browser lab notebooks screenshots bench
 
 .venv/.installed: requirements.txt pyproject.toml
 	@echo "making .venv from requirements.txt: this takes a few minutes, once"
@@ -27,18 +27,28 @@ course: .venv/.installed
 	@echo; echo "The executed course:      $(COURSE)/, as notebooks and as HTML pages to open in a browser"
 	@echo "Pictures and diagrams:    exported/"
 
-test: .venv/.installed
+test: .venv/.installed browser
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest
 	$(BIN)/pytest --nbmake --nbmake-timeout=300 notebooks
 
+# Some tests open graphs in Netron in a real browser. As root on Debian, as in CI, it is installed; else only said.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+		(apt-get update -qq; apt-get install -y -qq --no-install-recommends chromium) >/dev/null 2>&1; } || \
+		echo "no Chromium: tests that open Netron will be skipped; on Debian or Ubuntu: apt-get install chromium"
+
 lab: .venv/.installed
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 notebooks: .venv/.installed
 	$(NBCONVERT) --execute --inplace --ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
+
+screenshots: .venv/.installed browser
+	FLUXLAB_SCREENSHOTS=exported $(BIN)/pytest tests/inspect/test_netron.py -k double-block
 
 bench: .venv/.installed
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 $(BIN)/python -m tests.benchmarks.blocks

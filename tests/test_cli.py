@@ -55,6 +55,31 @@ def test_export_makes_the_maps_and_the_gallery(tmp_path):
     assert Image.open(tmp_path / "exported/flux-tiny-dev-gallery.png").width > 1000
 
 
-@pytest.mark.parametrize("command", ["generate", "export", "convert", "train-tiny"])
+def test_export_writes_one_onnx_file(tmp_path):
+    result = run("export", "flux-dev", "--part", "single_block", "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "flux-dev-single_block.onnx" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["flux-dev-single_block.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"), [("--part", "middle", "part is 'middle'"), ("--opset", 3, "opset")]
+)
+def test_export_says_what_is_wrong(tmp_path, option, value, said):
+    result = run("export", "flux-dev", "--output", tmp_path / "x.onnx", option, value)
+    assert result.exit_code == 2
+    assert said in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_explain_and_summary_print_what_the_library_says():
+    assert "Time, guidance and CLIP" in run("explain", "vec").output
+    assert run("explain", "vecc").exit_code == 2
+    shown = run("summary", "--variant", "flux-schnell", "--depth", 1, "--height", 512, "--width", 512).output
+    assert "11,891,178,560 parameters" in shown
+    assert repr(fl.flops("flux-schnell", 512, 512)) in shown
+
+
+@pytest.mark.parametrize("command", ["generate", "export", "convert", "train-tiny", "explain", "summary"])
 def test_every_command_has_help(command):
     assert "Usage" in run(command, "--help").output

@@ -21,8 +21,9 @@ _SHORTCUT = ["nin_shortcut.weight", "nin_shortcut.bias"]
 _ATTENTION = [f"{part}.{leaf}" for part in ("norm", "q", "k", "v", "proj_out") for leaf in ("weight", "bias")]
 
 
-def functions(c: AutoEncoderConfig, opset: int) -> list[FunctionProto]:
-    """Every kind of part, the smallest first."""
+def functions(c: AutoEncoderConfig, half: Literal["encoder", "decoder"], opset: int) -> list[FunctionProto]:
+    """Every kind of part of one half, the smallest first."""
+    scale, unscale = _scaling(c, opset)
     return [
         silu(opset),
         _group_norm(c, opset),
@@ -30,8 +31,7 @@ def functions(c: AutoEncoderConfig, opset: int) -> list[FunctionProto]:
         _residual(opset, "ResnetBlock", []),
         _residual(opset, "WideningResnetBlock", _SHORTCUT),
         _attention(c, opset),
-        _downsample(opset),
-        _upsample(opset),
+        *((_downsample(opset), scale) if half == "encoder" else (_upsample(opset), unscale)),
     ]
 
 
@@ -74,6 +74,17 @@ def _residual(opset: int, name: str, shortcut: Sequence[str]) -> FunctionProto:
         h = b.call("Conv3x3", h, *conv, out=f"conv{i}")
     past = b.op("Conv", "x", *shortcut, out="nin_shortcut", kernel_shape=[1, 1]) if shortcut else "x"
     return b.function(b.op("Add", past, h, out="y"))
+
+
+def _scaling(c: AutoEncoderConfig, opset: int) -> list[FunctionProto]:
+    """Between the latent that the VAE knows and the one that the transformer works on."""
+    there = Body("Scale", ("x",), "(x - shift_factor) * scale_factor: what the transformer works on", opset)
+    centred = there.op("Sub", "x", there.number("shift_factor", c.shift_factor, "x"), out="centred")
+    there.op("Mul", centred, there.number("scale_factor", c.scale_factor, "x"), out="y")
+    back = Body("Unscale", ("x",), "x / scale_factor + shift_factor: what the VAE knows", opset)
+    wider = back.op("Div", "x", back.number("scale_factor", c.scale_factor, "x"), out="wider")
+    back.op("Add", wider, back.number("shift_factor", c.shift_factor, "x"), out="y")
+    return [there.function("y"), back.function("y")]
 
 
 def _attention(c: AutoEncoderConfig, opset: int) -> FunctionProto:
@@ -157,8 +168,7 @@ def autoencoder_graph(
             x = level(x, f"down.{i}", part, "downsample", "Downsample")
         x = middle(x)
     else:
-        scale, shift = b.number("scale", c.scale_factor, "latent"), b.number("shift", c.shift_factor, "latent")
-        raw = b.op("Add", b.op("Div", "latent", scale, out="unscaled"), shift, out="raw_latent")
+        raw = b.call("Unscale", "latent", out="raw_latent")
         x = middle(call("Conv3x3", raw, "conv_in", ("weight", "bias")))
         for i in reversed(range(len(module.up))):
             x = level(x, f"up.{i}", module.up[i], "upsample", "Upsample")
@@ -166,8 +176,7 @@ def autoencoder_graph(
     if half == "encoder":
         moments = call("Conv3x3", x, "conv_out", ("weight", "bias"))
         mean, _ = b.split(moments, (c.z_channels, c.z_channels), ("mean", "log_variance"), axis=1)
-        centred = b.op("Sub", mean, b.number("shift", c.shift_factor, "pixels"), out="centred")
-        b.op("Mul", centred, b.number("scale", c.scale_factor, "pixels"), out="latent")
+        b.call("Scale", mean, out="latent")
         inputs, outputs = [value("pixels", dtype, pixels)], [value("latent", dtype, cells)]
     else:
         b.call("Conv3x3", x, f"{half}.conv_out.weight", f"{half}.conv_out.bias", out="pixels")
@@ -187,5 +196,5 @@ def autoencoder_graph(
         tensor.doc_string = entry.meaning if entry else ""
     imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
     return helper.make_model(
-        graph, functions=functions(c, opset), opset_imports=imports, ir_version=10, producer_name=DOMAIN
+        graph, functions=functions(c, half, opset), opset_imports=imports, ir_version=10, producer_name=DOMAIN
     )

@@ -76,26 +76,39 @@ def functions(c: FluxConfig, opset: int, dtype: int) -> list[FunctionProto]:
         return b.function(b.call("Linear", hidden, *_EMBEDDER[2:], out="y"))
 
     def embed_nd() -> FunctionProto:
-        b = body("EmbedND", ("ids",), "The angle of each token and pair of features: position times frequency")
+        b = body(
+            "EmbedND", ("ids",), "One rotation matrix for each token and pair of features: position times frequency"
+        )
         axis = [i for i, dim in enumerate(c.axes_dim) for _ in range(dim // 2)]
         values = [c.theta ** (-2 * i / dim) for dim in c.axes_dim for i in range(dim // 2)]
         frequencies = helper.make_tensor("frequencies", TensorProto.DOUBLE, [len(values)], values)
         of_pair = b.op("Gather", "ids", b.whole("axis_of_pair", *axis), out="positions", axis=2)  # B L D/2
         wide = b.op("Cast", of_pair, out="positions_wide", to=TensorProto.DOUBLE)
         angles = b.op("Mul", wide, b.op("Constant", out="frequencies", value=frequencies), out="angles")
-        tables = (b.op("Cast", b.op(f, angles, out=f"{f}_wide"), out=f.lower(), to=1) for f in ("Cos", "Sin"))
-        return b.function(*tables)
+        cos, sin = (b.op("Cast", b.op(f, angles, out=f"{f}_wide"), out=f.lower(), to=1) for f in ("Cos", "Sin"))
+        last = b.whole("last", -1)
+        parts = {"cos": cos, "minus_sin": b.op("Neg", sin, out="minus_sin"), "sin": sin}
+        column = {name: b.op("Unsqueeze", x, last, out=f"{name}_column") for name, x in parts.items()}
+        four = b.op("Concat", *(column[x] for x in ("cos", "minus_sin", "sin", "cos")), out="four", axis=-1)
+        matrices = b.op("Reshape", four, b.whole("matrices.shape", 0, 0, 0, 2, 2), out="matrices")
+        return b.function(b.op("Unsqueeze", matrices, b.whole("heads", 1), out="pe"))
 
     def rotate() -> FunctionProto:
-        b = body("RoPE", ("x", "cos", "sin"), "Turn each pair of neighbouring features by its token's angle")
+        b = body("RoPE", ("x", "pe"), "Turn each pair of neighbouring features by its token's angle")
         wide = b.op("Cast", "x", out="x_wide", to=TensorProto.FLOAT)
+        one = b.op("Squeeze", "pe", b.whole("heads", 1), out="one_table")
+        column = b.op("Gather", one, b.op("Constant", out="first_column", value_int=0), out="column", axis=4)
+        cos, sin = (
+            b.op("Gather", column, b.op("Constant", out=f"{name}.row", value_int=row), out=name, axis=3)
+            for row, name in enumerate(("cos", "sin"))
+        )  # B L D/2
         if opset >= NEW:
-            turned = b.op("RotaryEmbedding", wide, "cos", "sin", out="turned", interleaved=1)
+            turned = b.op("RotaryEmbedding", wide, cos, sin, out="turned", interleaved=1)
         else:
             pairs = b.op("Reshape", wide, b.whole("pairs.shape", 0, 0, 0, -1, 2), out="pairs")
             first, second = b.split(pairs, (1, 1), ("first", "second"))
             cos, sin = (
-                b.op("Unsqueeze", x, b.whole(f"{x}.axes", 1, 4), out=f"{x}_heads") for x in ("cos", "sin")
+                b.op("Unsqueeze", x, b.whole(f"{x}.axes", 1, 4), out=f"{x}_heads") for x in (cos, sin)
             )  # B 1 L D/2 1
             real = b.op("Sub", b.op("Mul", first, cos, out="xc"), b.op("Mul", second, sin, out="ys"), out="real")
             other = b.op("Add", b.op("Mul", first, sin, out="xs"), b.op("Mul", second, cos, out="yc"), out="imaginary")
@@ -104,8 +117,8 @@ def functions(c: FluxConfig, opset: int, dtype: int) -> list[FunctionProto]:
         return b.function(b.op("CastLike", turned, "x", out="y"))
 
     def attention() -> FunctionProto:
-        b = body("Attention", ("q", "k", "v", "pe.cos", "pe.sin"), "Rotate q and k; softmax(q k^T / sqrt(D)) v")
-        q, k = (b.call("RoPE", x, "pe.cos", "pe.sin", out=f"{x}_rotated") for x in ("q", "k"))
+        b = body("Attention", ("q", "k", "v", "pe"), "Rotate q and k; softmax(q k^T / sqrt(D)) v")
+        q, k = (b.call("RoPE", x, "pe", out=f"{x}_rotated") for x in ("q", "k"))
         if opset >= NEW:
             heads = b.op("Attention", q, k, "v", out="heads")
         else:
@@ -150,6 +163,13 @@ def functions(c: FluxConfig, opset: int, dtype: int) -> list[FunctionProto]:
         names = [part + i for i in ("1", "2") for part in ("shift", "scale", "gate")] if number == 6 else list(_STEERS)
         return b.function(*b.split(every, [c.hidden_size] * number, names))
 
+    def split_streams() -> FunctionProto:
+        b = body("SplitStreams", ("tokens", "txt"), "As many tokens as there are of text, and the rest, the image")
+        length = b.op("Gather", b.op("Shape", "txt", out="txt.shape"), b.whole("one", 1), out="text_tokens")
+        zero, end, axis = b.whole("zero", 0), b.whole("end", 2**62), b.whole("axis", 1)
+        text = b.op("Slice", "tokens", zero, length, axis, out="text")
+        return b.function(text, b.op("Slice", "tokens", length, end, axis, out="image"))
+
     def project() -> FunctionProto:
         weights = ("qkv.weight", "qkv.bias", *_QK)
         b = body("Project", ("x", *weights), "Queries and keys, normed, and values", "double_blocks.{i}.img_attn.")
@@ -157,7 +177,11 @@ def functions(c: FluxConfig, opset: int, dtype: int) -> list[FunctionProto]:
         return b.function(*b.calls("QKNorm", q, k, *_QK, outs=("q", "k")), v)
 
     small = (gelu, layer_norm, rms_norm, timestep_embedding, embedder, embed_nd, rotate, attention, qkv, qk_norm)
-    found = [linear(opset), silu(opset), *(make() for make in (*small, mlp, modulate, add_gated, project))]
+    found = [
+        linear(opset),
+        silu(opset),
+        *(make() for make in (*small, mlp, modulate, add_gated, split_streams, project)),
+    ]
     found += [modulation(6, "DoubleModulation"), modulation(3, "SingleModulation")]
     return [*found, _double_block(c, opset), _single_block(c, opset), _last_layer(c, opset)]
 
@@ -168,7 +192,7 @@ _STEERS = ("shift", "scale", "gate")
 def _double_block(c: FluxConfig, opset: int) -> FunctionProto:
     weights = _weights_of("double_blocks.", c)
     doc = "Text and image, each with weights of its own, meet in one attention"
-    b = Body("DoubleStreamBlock", ("img", "txt", "vec", "pe.cos", "pe.sin", *weights), doc, opset, "double_blocks.{i}.")
+    b = Body("DoubleStreamBlock", ("img", "txt", "vec", "pe", *weights), doc, opset, "double_blocks.{i}.")
     steer: dict[str, Sequence[str]] = {}
     heads: dict[str, Sequence[str]] = {}
     for s in ("txt", "img"):
@@ -178,13 +202,10 @@ def _double_block(c: FluxConfig, opset: int) -> FunctionProto:
         own = [f"{s}_attn.{w}" for w in ("qkv.weight", "qkv.bias", *_QK)]
         heads[s] = b.calls("Project", ready, *own, outs=[f"{s}_attn.{x}" for x in "qkv"])
     q, k, v = (b.op("Concat", heads["txt"][i], heads["img"][i], out=x, axis=2) for i, x in enumerate("qkv"))
-    b.call("Attention", q, k, v, "pe.cos", "pe.sin", out="attended")
-    length = b.op("Gather", b.op("Shape", "txt", out="txt.shape"), b.whole("one", 1), out="text_tokens")
-    zero, end, axis = b.whole("zero", 0), b.whole("end", 2**62), b.whole("axis", 1)
-    cut = {"txt": (zero, length), "img": (length, end)}
+    b.call("Attention", q, k, v, "pe", out="attended")
+    shares = b.calls("SplitStreams", "attended", "txt", outs=("txt_attended", "img_attended"))
     out = {}
-    for s in ("txt", "img"):
-        share = b.op("Slice", "attended", *cut[s], axis, out=f"{s}_attended")
+    for s, share in zip(("txt", "img"), shares, strict=True):
         share = b.call("Linear", share, f"{s}_attn.proj.weight", f"{s}_attn.proj.bias", out=f"{s}_attn.proj")
         x = b.call("AddGated", s, steer[s][2], share, out=f"{s}.middle")
         ready = b.call("Modulate", b.call("LayerNorm", x, out=f"{s}_norm2"), *steer[s][3:5], out=f"{s}_modulated2")
@@ -198,7 +219,7 @@ def _double_block(c: FluxConfig, opset: int) -> FunctionProto:
 def _single_block(c: FluxConfig, opset: int) -> FunctionProto:
     weights = _weights_of("single_blocks.", c)
     doc = "Text and image as one sequence; attention and MLP side by side, from one Linear and into one Linear"
-    b = Body("SingleStreamBlock", ("x", "vec", "pe.cos", "pe.sin", *weights), doc, opset, "single_blocks.{i}.")
+    b = Body("SingleStreamBlock", ("x", "vec", "pe", *weights), doc, opset, "single_blocks.{i}.")
     names = [f"modulation.{part}" for part in _STEERS]
     shift, scale, gate = b.calls("SingleModulation", "vec", "modulation.lin.weight", "modulation.lin.bias", outs=names)
     ready = b.call("Modulate", b.call("LayerNorm", "x", out="pre_norm"), shift, scale, out="modulated")
@@ -206,7 +227,7 @@ def _single_block(c: FluxConfig, opset: int) -> FunctionProto:
     qkv, hidden = b.split(both, (3 * c.hidden_size, c.mlp_hidden_dim), ("qkv", "mlp_hidden"))
     q, k, v = b.calls("SplitHeads", qkv, outs=("q_raw", "k_raw", "v"))
     q, k = b.calls("QKNorm", q, k, *_QK, outs=("q", "k"))
-    attended = b.call("Attention", q, k, v, "pe.cos", "pe.sin", out="attended")
+    attended = b.call("Attention", q, k, v, "pe", out="attended")
     beside = b.op("Concat", attended, b.call("GELU", hidden, out="mlp_act"), out="side_by_side", axis=-1)
     made = b.call("Linear", beside, "linear2.weight", "linear2.bias", out="linear2")
     return b.function(b.call("AddGated", "x", gate, made, out="output"))
@@ -259,23 +280,22 @@ def transformer_graph(c: FluxConfig, opset: int, dtype: int, name: str) -> Model
     # 2. tokens, and where each of them is
     img, txt = (b.call("Linear", s, *(f"{s}_in.{w}" for w in _LINEAR), out=f"{s}_in") for s in ("img", "txt"))
     ids = b.op("Concat", "txt_ids", "img_ids", out="ids", axis=1)
-    pe = b.calls("EmbedND", ids, outs=("pe.cos", "pe.sin"))
+    pe = b.call("EmbedND", ids, out="pe")
     # 3. two streams that meet in attention
     double, single = _weights_of("double_blocks.", c), _weights_of("single_blocks.", c)
     for i in range(c.depth):
         path = f"double_blocks.{i}"
         outs = [f"{path}.img.output", f"{path}.txt.output"]
-        img, txt = b.calls("DoubleStreamBlock", img, txt, vec, *pe, *(f"{path}.{w}" for w in double), outs=outs)
+        img, txt = b.calls("DoubleStreamBlock", img, txt, vec, pe, *(f"{path}.{w}" for w in double), outs=outs)
         b.nodes[-1].name = path
     # 4. one stream
     x = b.op("Concat", txt, img, out="tokens", axis=1)
     for i in range(c.depth_single_blocks):
         path = f"single_blocks.{i}"
-        x = b.call("SingleStreamBlock", x, vec, *pe, *(f"{path}.{w}" for w in single), out=f"{path}.output")
+        x = b.call("SingleStreamBlock", x, vec, pe, *(f"{path}.{w}" for w in single), out=f"{path}.output")
         b.nodes[-1].name = path
     # 5. the text has done its work
-    start = b.op("Gather", b.op("Shape", "txt", out="txt.shape"), b.whole("one", 1), out="text_tokens")
-    image = b.op("Slice", x, start, b.whole("end", 2**62), b.whole("axis", 1), out="image_tokens")
+    _, image = b.calls("SplitStreams", x, txt, outs=("text_tokens", "image_tokens"))
     last = ("adaLN_modulation.1.weight", "adaLN_modulation.1.bias", "linear.weight", "linear.bias")
     b.call("LastLayer", image, vec, *(f"final_layer.{w}" for w in last), out="velocity")
     b.nodes[-1].name = "final_layer"
@@ -289,7 +309,11 @@ def transformer_graph(c: FluxConfig, opset: int, dtype: int, name: str) -> Model
         [_value(known["velocity"], c, dtype)],
         [without_numbers(key, entry.shape(c), dtype) for key, entry in weights.items()],
         f"The transformer of {name}: tokens, time and text in, a velocity out",
-        [_value(entry, c, dtype) for key, entry in known.items() if key in made and key not in ("velocity", "pe")],
+        [
+            _value(entry, c, TensorProto.FLOAT if key == "pe" else dtype)
+            for key, entry in known.items()
+            if key in made and key != "velocity"
+        ],
     )
     return _model(graph, c, opset, dtype)
 
@@ -305,12 +329,11 @@ def block_graph(
     function, outs = "DoubleStreamBlock", ["img.output", "txt.output"]
     if kind == "single_block":
         function, outs = "SingleStreamBlock", ["output"]
-    b.calls(function, *streams, "vec", "pe.cos", "pe.sin", *weights, outs=outs)
+    b.calls(function, *streams, "vec", "pe", *weights, outs=outs)
     b.nodes[0].name = kind
-    table_axes: list[str | int] = ["batch", "tokens", c.head_dim // 2]
     inputs = [value(stream, dtype, ["batch", _AXES[letter], c.hidden_size]) for stream, letter in streams.items()]
     inputs += [value("vec", dtype, ["batch", c.hidden_size])]
-    inputs += [value(each, TensorProto.FLOAT, table_axes) for each in ("pe.cos", "pe.sin")]
+    inputs += [value("pe", TensorProto.FLOAT, ["batch", 1, "tokens", c.head_dim // 2, 2, 2])]
     made = [
         value(out, dtype, ["batch", _AXES[letter], c.hidden_size])
         for out, letter in zip(outs, streams.values(), strict=True)

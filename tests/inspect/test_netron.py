@@ -25,7 +25,7 @@ CHROMIUM = next(
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; on Debian or Ubuntu: apt-get install chromium")
 OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 OPTIONS += ["--disable-background-networking", "--disable-component-update"]
-OPTIONS += ["--remote-allow-origins=*", "--window-size=1400,1000"]
+OPTIONS += ["--remote-allow-origins=*", "--window-size=1400,1120"]
 
 
 class Browser:
@@ -110,6 +110,6 @@ def test_the_graph_opens_and_a_function_opens_inside_it(browser, tmp_path, file)
         browser.screenshot().save(tmp_path / "inside.png")
         if folder := os.environ.get("FLUXLAB_SCREENSHOTS"):  # make screenshots
             browser.value("document.getElementById('toolbar').style.display = 'none'")
-            browser.screenshot().crop((140, 80, 1260, 857)).save(Path(folder) / file.replace(".onnx", "-netron.png"))
+            browser.screenshot().crop((20, 80, 1380, 960)).save(Path(folder) / file.replace(".onnx", "-netron.png"))
     finally:
         netron.stop((host, port))

@@ -112,6 +112,10 @@ def test_a_block_says_what_its_tensors_are_and_has_attention_as_one_node(tmp_pat
     functions = {f.name: f for f in model.functions}
     inside = {node.name: node.doc_string for node in functions["DoubleStreamBlock"].node}
     assert inside["img.middle"] == table(fl.FluxConfig(), "tensor")["double_blocks.0.img.middle"].meaning
+    shapes = {value.name: value for value in functions["DoubleStreamBlock"].value_info}
+    hidden = shapes["img_attn.proj"].type.tensor_type.shape.dim
+    assert [dim.dim_param or dim.dim_value for dim in hidden] == ["batch", "image_tokens", 3072]
+    assert {"img.middle", "txt_mod.gate2", "q", "attended", "txt.output"} <= set(shapes)
     kinds = [node.op_type for function in model.functions for node in function.node]
     assert [kinds.count(each) for each in ("Attention", "RotaryEmbedding", "RMSNormalization")] == [3, 1, 1]
 

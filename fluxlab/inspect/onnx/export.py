@@ -50,7 +50,7 @@ def export_onnx(
     """Write a part of a model as an ONNX file.
 
     Each kind of block, and of part inside it, is one local function, called with its weights by their official names:
-    the whole transformer of FLUX.1 is under 80 nodes. Without weights the file has every name, dtype and shape, and
+    the whole transformer of FLUX.1 is 70 nodes. Without weights the file has every name, dtype and shape, and
     says that the numbers are in a file beside it, ``{path}.weights``, which is not written; with weights it runs. Above
     1.8 GB they are written to that file, a tensor at a time.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from onnx import FunctionProto, GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
@@ -183,7 +184,16 @@ def functions(c: FluxConfig, opset: int, dtype: int) -> list[FunctionProto]:
         *(make() for make in (*small, mlp, modulate, add_gated, split_streams, project)),
     ]
     found += [modulation(6, "DoubleModulation"), modulation(3, "SingleModulation")]
-    return [*found, _double_block(c, opset), _single_block(c, opset), _last_layer(c, opset)]
+    large = {
+        "double_blocks.{i}.": _double_block(c, opset),
+        "single_blocks.{i}.": _single_block(c, opset),
+        "final_layer.": _last_layer(c, opset),
+    }
+    for head, function in large.items():  # the small ones serve streams of several shapes
+        made = {f"{head}{out}": out for node in function.node for out in node.output}
+        known = [replace(entry, name=made[entry.name]) for entry in entries() if entry.name in made]
+        function.value_info.extend(_value(entry, c, dtype) for entry in known if entry.kind == "tensor")
+    return [*found, *large.values()]
 
 
 _STEERS = ("shift", "scale", "gate")

@@ -64,8 +64,7 @@ class Tape(Mapping[str, Tensor]):
         wanted = index + self.forwards if index < 0 else index
         found = {name: runs[wanted] for name, runs in self._kept.items() if wanted in runs}
         if not found:
-            have = sorted({i for runs in self._kept.values() for i in runs})
-            raise IndexError(f"index is {index}, and the forwards that were captured are {have}")
+            raise IndexError(f"index is {index}, and the forwards that were captured are {self.captured}")
         return found
 
     def stack(self, name: str) -> Tensor:
@@ -77,6 +76,11 @@ class Tape(Mapping[str, Tensor]):
             have = f"captured are {list(self)[:8]}" if self else "nothing was: run the model inside the with block"
             raise KeyError(f"{name!r} was not captured; {have}")
         return self._kept[name]
+
+    @property
+    def captured(self) -> list[int]:
+        """Which forwards something was kept of."""
+        return sorted({i for runs in self._kept.values() for i in runs})
 
     @property
     def nbytes(self) -> int:

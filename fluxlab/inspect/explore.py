@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +16,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def explore(tape: Tape, words: list[str] | None = None) -> Any:
-    """Menus over a tape. Where there are no widgets, on a page, ``view`` and ``fl.plots`` give the same pictures.
+class Explorer:
+    """Menus where there are widgets; elsewhere, as on a page, the picture that they open with."""
+
+    def __init__(self, box: Any, picture: Figure) -> None:
+        self.box = box
+        self._picture = picture
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+        drawn = io.BytesIO()
+        self._picture.savefig(drawn, format="png")
+        png = base64.b64encode(drawn.getvalue()).decode()
+        return {**self.box._repr_mimebundle_(**options), "image/png": png}
+
+
+def explore(tape: Tape, words: list[str] | None = None) -> Explorer:
+    """Menus over a tape; where there are no widgets, the picture of its first tensor.
 
     Args:
         tape: what was captured.
@@ -35,26 +51,31 @@ def explore(tape: Tape, words: list[str] | None = None) -> Any:
         blocks.setdefault("*".join(parts[::2]), {})[parts[1] if len(parts) > 1 else "-"] = name
     tensor = ipywidgets.Dropdown(options=list(blocks), description="tensor")
     block = ipywidgets.Dropdown(options=list(blocks[tensor.value]), description="block")
-    step = ipywidgets.IntSlider(min=0, max=max(tape.forwards - 1, 0), description="step")
+    steps = tape.captured
+    step = ipywidgets.IntSlider(min=0, max=len(steps) - 1, description="step")
     head = ipywidgets.IntSlider(min=0, max=0, description="head")
     choices = [("all", None), *((word, i) for i, word in enumerate(words or []))]
     word = ipywidgets.Dropdown(options=choices, description="word")
     out = ipywidgets.Output()
 
+    def shown() -> Figure:
+        name = blocks[tensor.value][block.value]
+        found = tape.forward(steps[step.value])[name]
+        head.max = found.shape[1] - 1 if found.ndim == 4 else 0
+        return view(found, name, head.value, word.value)
+
     def show(change: Any = None) -> None:
         if change is not None and change["owner"] is tensor:
             block.options = list(blocks[tensor.value])
-        name = blocks[tensor.value][block.value]
-        found = tape.forward(step.value)[name]
-        head.max = found.shape[1] - 1 if found.ndim == 4 else 0
         out.clear_output(wait=True)
         with out:
-            display(view(found, name, head.value, word.value))  # type: ignore[no-untyped-call]
+            display(shown())  # type: ignore[no-untyped-call]
 
     for control in (tensor, block, step, head, word):
         control.observe(show, names="value")
     show()
-    return ipywidgets.VBox([ipywidgets.HBox([tensor, block]), ipywidgets.HBox([step, head, word]), out])
+    box = ipywidgets.VBox([ipywidgets.HBox([tensor, block]), ipywidgets.HBox([step, head, word]), out])
+    return Explorer(box, shown())
 
 
 def view(tensor: Tensor, name: str, head: int = 0, word: int | None = None) -> Figure:

@@ -21,7 +21,7 @@ PROMPTS = (
 )
 
 
-def gallery(name: str, prompts: Sequence[str] = PROMPTS, seed: int = 9, columns: int = 4) -> Image.Image:
+def gallery(name: str, prompts: Sequence[str] = PROMPTS, seed: int = 0, columns: int = 4) -> Image.Image:
     """Paint the prompts with a variant, one seed apart, and lay the pictures out with their prompts below."""
     pictures = load(name)(list(prompts), seed=range(seed, seed + len(prompts)), progress=False)
     assert isinstance(pictures, list)

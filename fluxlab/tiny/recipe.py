@@ -16,10 +16,14 @@ class Recipe:
     divergence: float = 4e-3  # weight of the posterior's divergence from unit noise
     pictures: int = 24_000  # of the usual size; a sixteenth of that, or fewer, for each other size
     flow_steps: int = 14_000
-    guidance_steps: int = 1_500
-    pairs: int = 12_000  # noise and picture of flux-tiny-dev, of the usual size, for flux-tiny-schnell
+    noisier_steps: int = (
+        3_500  # after them, with times nearer the noise: what is where, and of which shape, is settled there
+    )
+    noisier_mean: float = 2.0  # of the logit-normal times then; sigmoid(2) is 0.88
+    guidance_steps: int = 800
+    pairs: int = 6_000  # noise and picture of flux-tiny-dev, of the usual size, for flux-tiny-schnell
     schnell_guidance: float = 4.0  # at which they are painted
-    reflow_steps: int = 3_000
+    reflow_steps: int = 1_500
     measured: int = 256  # held-out prompts
     image_tokens: int = 4_096  # in a batch: 64 pictures of 128x128, 16 of 256x256
     usual_share: float = 0.8  # of the batches are of the usual size
@@ -36,6 +40,7 @@ SMOKE = Recipe(
     autoencoder_batch=2,
     pictures=16,
     flow_steps=2,
+    noisier_steps=2,
     guidance_steps=2,
     pairs=4,
     reflow_steps=2,

@@ -4,6 +4,7 @@
     autoencoder  pictures to latents and back; then its scale and shift are measured
     latents      the pictures that the transformer learns from, encoded once
     flow         rectified flow, with the text encoders, and captions dropped so that CFG works: the teacher
+    noisier      the same on, with times nearer the noise, where the prompt decides what is where
     guidance     flux-tiny-dev: the teacher's CFG output at any guidance, in one forward
     steps        flux-tiny-schnell: the same pictures in 1 to 4 steps
     publish      the weights, in the official names, into data/, with the losses and sample grids
@@ -93,7 +94,8 @@ def publish(run: Path, output: Path, pipes: list[Pipeline], teacher: Flux) -> No
     for stage in ("autoencoder", "flow", "guidance", "steps"):
         for grid in _a_few(sorted(run.glob(f"{stage}-*.png"))):
             with Image.open(grid) as picture:
-                top = picture.crop((0, 0, picture.width, picture.height // 3))
+                rows = picture.height // (1 if stage == "autoencoder" else 3)  # truth and again; of samples, the first
+                top = picture.crop((0, 0, picture.width, rows))
                 top.quantize(128).save(output / "training" / grid.name, optimize=True)
 
 

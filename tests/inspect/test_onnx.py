@@ -278,6 +278,7 @@ def test_large_weights_go_to_a_file_beside_it(tmp_path, monkeypatch):
         ("flux-dev", {"dtype": "int8"}, ValueError, "dtype is 'int8'"),
         ("flux-dev", {"opset": 9}, ValueError, "opset is 9; 17 to 24"),
         ("flux-dev", {"part": "t5"}, ValueError, "weights=True"),
+        ("flux-tiny-dev", {"part": "t5", "weights": True, "opset": 17}, ValueError, "18 and later"),
         ("flux-dev", {"weights": True}, ValueError, "give source="),
     ],
 )

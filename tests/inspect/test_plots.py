@@ -74,9 +74,12 @@ def test_a_tape_without_what_is_needed_is_refused(draw):
 
 def test_the_menus_choose_what_is_shown(tape):
     pytest.importorskip("ipywidgets")
-    box = explore(tape, words=["a", "red"])
+    shown = explore(tape, words=["a", "red"])
+    box = shown.box
     controls = {control.description: control for row in box.children[:2] for control in row.children}
     assert list(controls) == ["tensor", "block", "step", "head", "word"]
+    bundle = shown._repr_mimebundle_()  # a page without widgets takes the picture
+    assert {"image/png", "application/vnd.jupyter.widget-view+json"} <= set(bundle)
     controls["tensor"].value = "double_blocks.*.attention"
     assert list(controls["block"].options) == ["0", "1"]
     controls["block"].value = "1"

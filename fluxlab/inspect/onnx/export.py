@@ -62,7 +62,8 @@ def export_onnx(
             in the part's ``state_dict``.
         source: where the weights are, as ``fl.load`` takes it.
         dtype: of weights and features: float32, float16 or bfloat16.
-        opset: 23 or later has norms, rotation and attention as single operators; 17 to 22 spell them out.
+        opset: 23 or later has norms, rotation and attention as single operators; 17 to 22 spell them out. The text
+            encoders are written from 18 on.
         flat: put the functions' nodes in their callers' places, for tools that know no functions.
 
     Raises:
@@ -83,6 +84,10 @@ def export_onnx(
     if part in ("t5", "clip"):
         if weights is not True:
             raise ValueError(f"part {part!r} is traced from the encoder on disk; ask for weights=True")
+        if opset < 18:
+            raise ValueError(
+                f"opset is {opset}; part {part!r} is traced by PyTorch's exporter, which writes 18 and later"
+            )
         return _write_text_encoder(chosen, part, source, _TORCH[dtype], opset, target)
     model = _structure(chosen, part, source if weights is True else None, dtype, opset)
     numbers = None

@@ -15,7 +15,7 @@ def sheet():
 
 
 def test_the_same_seed_gives_the_same_grid_and_another_another(sheet):
-    again, other = (np.asarray(gallery("flux-tiny-dev", seed=seed)).astype(int) for seed in (9, 1))
+    again, other = (np.asarray(gallery("flux-tiny-dev", seed=seed)).astype(int) for seed in (0, 1))
     assert np.array_equal(sheet, again)
     assert abs(sheet - other).mean() > 1
 

@@ -54,7 +54,8 @@ def test_the_transformer_equals_diffusers(kind, dtype, tolerance):
         mine = ours(img, ids, txt, txt_ids, t, y, guidance)
         other = theirs(img, txt, y, t, ids[0], txt_ids[0], guidance).sample
     assert mine.abs().mean() > 0.1  # not a comparison of zeros
-    assert (mine - other).abs().max() <= tolerance
+    largest = 1.0 if dtype == torch.float32 else mine.abs().max()  # diffusers norms and rotates in float32 here too
+    assert (mine - other).abs().max() <= tolerance * largest
 
 
 @pytest.mark.parametrize("part", ["encode", "decode"])

@@ -141,9 +141,12 @@ def test_diffusers_paints_the_same_picture_from_a_picture(pipeline_folder, tiny,
 def test_a_whole_model_comes_back_from_diffusers(pipeline_folder, tmp_path, tiny):
     convert(TINY, tmp_path / "official", "official", pipeline_folder)
     again = fl.load("flux-tiny-dev", tmp_path / "official")
-    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), tiny.model.parameters(), strict=True))
-    options = {"num_steps": 2, "progress": False}
-    assert again(PROMPT, **options).tobytes() == tiny(PROMPT, **options).tobytes()
+    for part in ("model", "autoencoder"):
+        mine, theirs = (getattr(pipe, part).state_dict() for pipe in (again, tiny))
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    options = {"num_steps": 2, "progress": False}  # the same weights at other addresses may round otherwise
+    pictures = [np.asarray(pipe(PROMPT, **options)).astype(int) for pipe in (again, tiny)]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
 def test_the_scheduler_config_is_the_published_one(pipeline_folder):

@@ -62,6 +62,7 @@ def test_export_writes_one_onnx_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["flux-dev-single_block.onnx"]
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize(
     ("option", "value", "said"), [("--part", "middle", "part is 'middle'"), ("--opset", 3, "opset")]
 )

@@ -296,9 +296,23 @@ def test_a_folder_that_is_not_there_is_said(tmp_path):
 def test_an_export_that_is_stopped_leaves_nothing_half_written(tmp_path, monkeypatch):
     from fluxlab.inspect.onnx import export
 
+    def stop(tensor, dtype):
+        if tensor.shape == (64,):  # the last weight
+            raise RuntimeError("stop")
+        return bytes(tensor.numel() * dtype.itemsize)
+
     monkeypatch.setattr(export, "_EMBED", 1e6)
-    weights = randomise(fl.build("flux-tiny-dev")).state_dict()
+    monkeypatch.setattr(export, "_bytes", stop)
+    with pytest.raises(RuntimeError, match="stop"):
+        fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=fl.build("flux-tiny-dev").state_dict())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    weights = fl.build("flux-tiny-dev").state_dict()
+    with pytest.raises(ValueError, match=r"img_in.weight has shape \(1, 64\), and the part takes \(128, 64\)"):
+        fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=weights | {"img_in.weight": torch.zeros(1, 64)})
     del weights["final_layer.linear.bias"]
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match=r"do not fit the part: .*final_layer.linear.bias"):
         fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=weights)
     assert list(tmp_path.iterdir()) == []

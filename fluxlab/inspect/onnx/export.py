@@ -16,7 +16,7 @@ from fluxlab.config import Variant, variant
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import build
 from fluxlab.pipeline.text import TextEncoders
-from fluxlab.weights.files import replacing
+from fluxlab.weights.files import describe_difference, replacing
 from fluxlab.weights.find import find_files
 from fluxlab.weights.load import autoencoder_config, load_weights
 
@@ -68,7 +68,7 @@ def export_onnx(
 
     Raises:
         ConfigError: no such variant.
-        ValueError: no such part, dtype or opset; text encoders without weights.
+        ValueError: no such part, dtype or opset; text encoders without weights; weights that do not fit.
         WeightsError: weights that are asked for are not found.
         OSError: the file cannot be written.
     """
@@ -92,7 +92,7 @@ def export_onnx(
     model = _structure(chosen, part, source if weights is True else None, dtype, opset)
     numbers = None
     if weights is not False:
-        numbers = _numbers(chosen, part, source) if weights is True else weights.__getitem__
+        numbers = _numbers(chosen, part, source) if weights is True else _fitting(weights, model)
     if flat:
         from onnx import inliner
 
@@ -127,6 +127,17 @@ def _numbers(chosen: Variant, part: Part, source: str | Path | None) -> Callable
     tensors = load_weights(build(chosen.name, device="meta"), files.transformer).state_dict()
     prefix = {"double_block": "double_blocks.0.", "single_block": "single_blocks.0."}.get(part, "")
     return lambda name: tensors[prefix + name]
+
+
+def _fitting(weights: Mapping[str, Tensor], model: Any) -> Callable[[str], Tensor]:
+    """The tensors given, once their names and shapes are those of the graph."""
+    wanted = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    if problems := describe_difference(wanted, weights):
+        raise ValueError(f"weights do not fit the part: {problems}")
+    if wrong := [name for name, shape in wanted.items() if tuple(weights[name].shape) != shape]:
+        name = wrong[0]
+        raise ValueError(f"weights: {name} has shape {tuple(weights[name].shape)}, and the part takes {wanted[name]}")
+    return weights.__getitem__
 
 
 def _write(model: Any, numbers: Callable[[str], Tensor] | None, dtype: torch.dtype, target: Path) -> None:

@@ -115,7 +115,8 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 def _tokenize(tokenizer: Any, prompts: Sequence[str], length: int, who: str) -> Int[Tensor, "batch tokens"]:
-    for prompt, ids in zip(prompts, tokenizer(list(prompts), truncation=False).input_ids, strict=True):
+    whole = tokenizer(list(prompts), truncation=False, verbose=False).input_ids  # not verbose: we warn below
+    for prompt, ids in zip(prompts, whole, strict=True):
         if len(ids) > length:
             cut = tokenizer.decode(ids[length - 1 : -1])  # one place goes to the end token
             warnings.warn(

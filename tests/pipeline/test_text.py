@@ -1,5 +1,7 @@
 """Text conditioning against the encoders called by hand."""
 
+import logging
+
 import pytest
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
@@ -65,3 +67,17 @@ def test_a_prompt_too_long_is_cut_with_a_warning_that_says_what(tiny):
         t5_ids, _ = tiny.text.tokenize([prompt])
     assert any("T5 reads 32; this part is cut: 'navy ring'" in str(w.message) for w in caught)
     assert t5_ids[0, -1] == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*tokens and")
+def test_a_prompt_too_long_is_warned_about_by_us_alone(tiny, caplog):
+    """transformers would say that it leads to indexing errors, which is not so: it is cut."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        for tokenizer in (tiny.text.t5_tokenizer, tiny.text.clip_tokenizer):
+            tokenizer.deprecation_warnings.clear()  # else it would have said so once already
+        tiny.text.tokenize(["red " * 40])
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records

@@ -10,6 +10,7 @@ from fluxlab.inspect.exercise import check
 from fluxlab.inspect.explain import explain
 from fluxlab.inspect.explore import explore
 from fluxlab.inspect.graph import graph
+from fluxlab.inspect.live import working_memory
 from fluxlab.inspect.names import tensor_names
 from fluxlab.inspect.onnx.export import export_onnx
 from fluxlab.inspect.tables import flops, memory, parameter_table, summary
@@ -71,4 +72,5 @@ __all__ = [
     "timestep_embedding",
     "unpack",
     "variant",
+    "working_memory",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,20 @@ def graph(module: nn.Module, inputs: FluxInputs | Mapping[str, Tensor] | Tensor)
     numbers: dict[str, int] = {}  # nodes are named by their places in memory: by their order, each run draws the same
     dot = make_dot(output, params=parameters)
     source = re.sub(r"\b\d{9,}\b", lambda place: f"n{numbers.setdefault(place[0], len(numbers))}", dot.source)
-    drawn = pygraphviz.AGraph(string=source).draw(format="svg", prog="dot")
+    with _quiet():
+        drawn = pygraphviz.AGraph(string=source).draw(format="svg", prog="dot")
     svg = drawn.decode("utf-8")
     return Diagram(svg[svg.index("<svg") :])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop what graphviz' C libraries say of the system's fonts; what fails is still raised as a Python error."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

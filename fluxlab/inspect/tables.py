@@ -88,7 +88,7 @@ def parameter_table(name: str, by: Literal["part", "kind"] = "part") -> Table:
     for weight, entry in names(c, "weight").items():
         shape = entry.shape(c)
         number = shape[0] * (shape[1] if len(shape) > 1 else 1)
-        parts = {_part(weight, c): number} if by == "part" else _kinds(weight, number, c)
+        parts = {_part(weight, c): number} if by == "part" else kinds_of(weight, number, c)
         for part, share in parts.items():
             counts[part] = counts.get(part, 0) + share
     total = sum(counts.values())
@@ -106,7 +106,7 @@ def _part(weight: str, c: FluxConfig) -> str:
     return f"{blocks[head]} × {head.removesuffix('s').replace('_', ' ')}" if head in blocks else head
 
 
-def _kinds(weight: str, number: int, c: FluxConfig) -> dict[str, int]:
+def kinds_of(weight: str, number: int, c: FluxConfig) -> dict[str, int]:
     """Whom a weight serves: attention, MLP, modulation, norms, or what is around the blocks."""
     wide, hidden = c.hidden_size, c.mlp_hidden_dim
     if "mod" in weight:
@@ -228,12 +228,12 @@ def _weights(chosen: Variant) -> Iterator[tuple[str, int]]:
     with torch.device("meta"):
         parts: dict[str, Any] = {"transformer": build(chosen.name, device="meta")}
         parts["VAE"] = AutoEncoder(chosen.autoencoder)
-        parts["T5 encoder"], parts["CLIP text"] = _text_encoders(chosen)
+        parts["T5 encoder"], parts["CLIP text"] = text_encoders(chosen)
     for part, module in parts.items():
         yield part, sum(p.numel() for p in module.parameters())
 
 
-def _text_encoders(chosen: Variant) -> tuple[Any, Any]:
+def text_encoders(chosen: Variant) -> tuple[Any, Any]:
     """The two text encoders without weights, from their configs: in data/, or as published."""
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 

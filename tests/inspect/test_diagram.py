@@ -1,8 +1,10 @@
 """The map of the model."""
 
+import os
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+import torch
 
 import fluxlab as fl
 
@@ -56,6 +58,12 @@ def test_the_graph_of_a_module_has_its_weights():
     svg = fl.graph(model, fl.example_inputs("flux-tiny-schnell")).svg
     ElementTree.fromstring(svg)
     assert all(name in svg for name, _ in model.named_parameters())
+
+
+def test_a_graph_is_drawn_without_a_word(capfd):
+    fl.graph(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+    os.write(2, b"after")
+    assert capfd.readouterr().err == "after"
 
 
 def test_a_graph_needs_numbers_and_gradients():

@@ -97,7 +97,7 @@ def schedule(steps: Sequence[int] = (4, 20, 50), image_tokens: Sequence[int] = (
 
 
 def time_embedding(points: int = 200) -> Figure:
-    """The sinusoids that a time or a guidance becomes: slow at the left of each half, fast at neither end of t."""
+    """The sinusoids that a time or a guidance becomes: in each half fast at the left and slow at the right."""
     made, (axes,) = figure(size=(8, 3.6))
     values = timestep_embedding(torch.linspace(0, 1, points))
     title = f"timestep_embedding(t, {EMBEDDING_DIM}): cosines, then sines"

@@ -74,7 +74,7 @@ def bars(table: Table, value: str, label: str | None = None, title: str | None =
     numbers = [float(row[value]) for row in rows]
     axes.barh([str(row[label]) for row in rows], numbers, color=COLOURS[0])
     axes.invert_yaxis()
-    axes.bar_label(axes.containers[0], [f"{n:,.3g}" if n < 1e4 else f"{n:,.0f}" for n in numbers], padding=3)  # type: ignore[arg-type]
+    axes.bar_label(axes.containers[0], [f"{n:,.3g}" if n < 1e3 else f"{n:,.0f}" for n in numbers], padding=3)  # type: ignore[arg-type]
     axes.margins(x=0.18)
     axes.set(xlabel=value, title=table.title if title is None else title)
     return made

@@ -25,7 +25,8 @@ def timestep_embedding(
     Args:
         t: one number for each item of the batch, a time in [0, 1] or a guidance strength.
         dim: width of the embedding, even.
-        max_period: the longest period, in units of ``t * 1000``.
+        max_period: how much slower than the first the last angle would be, were there one more; the first turns once
+            in 2 pi units of ``t * 1000``.
 
     Raises:
         ValueError: ``dim`` is odd or not positive.

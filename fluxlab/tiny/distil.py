@@ -46,7 +46,7 @@ def distil_guidance(run: Path, recipe: Recipe, autoencoder: AutoEncoder, teacher
     def loss(generator: torch.Generator) -> Tensor:
         chosen, ids = pictures.batch(generator)
         clean, tokens = chosen["latents"], (chosen["t5_ids"], chosen["clip_ids"])
-        img, t, _ = noisy(clean, generator)
+        img, t, _ = noisy(clean, generator, recipe.time_mean, recipe.time_spread)
         guidance = 1 + 7 * torch.rand(len(clean), generator=generator)
         with torch.no_grad():
             txt, y = text.encode(*tokens)

@@ -55,7 +55,10 @@ def _patch(mask: NDArray[np.bool_], colours: NDArray[np.float64]) -> Patch:
     height, width = mask.shape
     rows, columns = np.nonzero(mask)
     top, bottom, left, right = (int(edge) for edge in (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1))
-    best = max((_fit(mask, shape, (left, right), (top, bottom)), shape) for shape in SHAPES)
+    margin = 2 + (bottom - top + right - left) // 8  # what a shape of the same size may reach beyond
+    y, x = max(0, top - margin), max(0, left - margin)
+    near = mask[y : bottom + margin, x : right + margin]
+    best = max((_fit(near, shape, (left - x, right - x), (top - y, bottom - y)), shape) for shape in SHAPES)
     colour = _nearest(np.median(colours[mask], axis=0), COLOURS)
     return Patch(best[1], colour, (left + right) / 2 / width, (top + bottom) / 2 / height, best[0])
 

@@ -15,21 +15,23 @@ class Recipe:
     autoencoder_batch: int = 16
     divergence: float = 4e-3  # weight of the posterior's divergence from unit noise
     pictures: int = 24_000  # of the usual size; a sixteenth of that, or fewer, for each other size
-    flow_steps: int = 14_000
-    noisier_steps: int = (
-        3_500  # after them, with times nearer the noise: what is where, and of which shape, is settled there
-    )
-    noisier_mean: float = 2.0  # of the logit-normal times then; sigmoid(2) is 0.88
-    guidance_steps: int = 800
-    pairs: int = 6_000  # noise and picture of flux-tiny-dev, of the usual size, for flux-tiny-schnell
+    text_steps: int = 1_600  # text encoders alone, from captions
+    captions: int = 128  # in a batch
+    flow_steps: int = 6_500
+    time_mean: float = 1.5  # of the logit-normal times: what is where is settled near the noise, above t = 0.95
+    time_spread: float = 2.0
+    guidance_steps: int = 1_200
+    pairs: int = 9_000  # noise and picture of flux-tiny-dev, of the usual size, for flux-tiny-schnell
     schnell_guidance: float = 4.0  # at which they are painted
-    reflow_steps: int = 1_500
+    reflow_steps: int = 2_500
     measured: int = 256  # held-out prompts
     image_tokens: int = 4_096  # in a batch: 64 pictures of 128x128, 16 of 256x256
     usual_share: float = 0.8  # of the batches are of the usual size
     learning_rate: float = 2.5e-3
+    text_learning_rate: float = 1e-3
     autoencoder_learning_rate: float = 1.5e-3
     caption_dropout: float = 0.1
+    vector_dropout: float = 0.3  # of CLIP's vector alone, so that T5's sequence is read
     save_every: int = 500
     compile: bool = True
 
@@ -39,8 +41,9 @@ SMOKE = Recipe(
     autoencoder_steps=2,
     autoencoder_batch=2,
     pictures=16,
+    text_steps=2,
+    captions=4,
     flow_steps=2,
-    noisier_steps=2,
     guidance_steps=2,
     pairs=4,
     reflow_steps=2,

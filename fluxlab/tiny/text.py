@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from fluxlab.config import VARIANTS
 from fluxlab.pipeline.text import TextEncoders
@@ -125,6 +126,7 @@ def new_text_encoders(run: Path) -> TextEncoders:
         eos_token_id=clip_tokenizer.eos_token_id,  # where CLIP pools; with another id every prompt pools the same
         pad_token_id=clip_tokenizer.pad_token_id,
     )
-    return TextEncoders(
-        T5EncoderModel(t5), t5_tokenizer, DEV.t5_length, CLIPTextModel(clip), clip_tokenizer, DEV.clip_length
-    )
+    encoder: Any = T5EncoderModel(t5)
+    position = encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+    nn.init.normal_(position.weight)  # near zero, as T5 has it, the order of words is found out late or never
+    return TextEncoders(encoder, t5_tokenizer, DEV.t5_length, CLIPTextModel(clip), clip_tokenizer, DEV.clip_length)

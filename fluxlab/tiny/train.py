@@ -3,8 +3,8 @@
     tokenizers   from the picture world's captions
     autoencoder  pictures to latents and back; then its scale and shift are measured
     latents      the pictures that the transformer learns from, encoded once
+    text         T5 and CLIP, from captions alone: what is where
     flow         rectified flow, with the text encoders, and captions dropped so that CFG works: the teacher
-    noisier      the same on, with times nearer the noise, where the prompt decides what is where
     guidance     flux-tiny-dev: the teacher's CFG output at any guidance, in one forward
     steps        flux-tiny-schnell: the same pictures in 1 to 4 steps
     publish      the weights, in the official names, into data/, with the losses and sample grids
@@ -33,6 +33,7 @@ from fluxlab.tiny.recipe import Recipe
 from fluxlab.tiny.text import train_tokenizers
 from fluxlab.tiny.train_autoencoder import train_autoencoder
 from fluxlab.tiny.train_flow import DEV, SCHNELL, train_flow
+from fluxlab.tiny.train_text import train_text
 from fluxlab.weights.convert import factors
 from fluxlab.weights.files import write_tensors, write_text
 
@@ -46,7 +47,8 @@ def train(run: Path, recipe: Recipe | None = None, output: Path | None = None) -
         train_tokenizers(run, recipe.seed)
     autoencoder = train_autoencoder(run, recipe)
     encode_pictures(run, recipe, autoencoder)
-    teacher, text = train_flow(run, recipe, autoencoder)
+    text = train_text(run, recipe)
+    teacher = train_flow(run, recipe, autoencoder, text)
     dev = distil_guidance(run, recipe, autoencoder, teacher, text)
     schnell = distil_steps(run, recipe, autoencoder, dev, text)
     if output is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.loop import fit
 from fluxlab.tiny.pictures import Pictures, save_grid
 from fluxlab.tiny.recipe import Recipe
-from fluxlab.tiny.text import new_text_encoders
 from fluxlab.tiny.world import random_picture
 
 DEV, SCHNELL = VARIANTS["flux-tiny-dev"], VARIANTS["flux-tiny-schnell"]
@@ -36,50 +34,41 @@ def initialise(model: Flux) -> Flux:
     return model
 
 
-def noisy(clean: Tensor, generator: torch.Generator, mean: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+def noisy(clean: Tensor, generator: torch.Generator, mean: float, spread: float) -> tuple[Tensor, Tensor, Tensor]:
     """A point on the straight path from picture to noise, its time (logit-normal), and the path's velocity."""
-    t = (mean + torch.randn(len(clean), generator=generator)).sigmoid()
+    t = (mean + spread * torch.randn(len(clean), generator=generator)).sigmoid()
     unit = torch.randn(clean.shape, generator=generator)
     return torch.lerp(clean, unit, t[:, None, None]), t, unit - clean
 
 
-def train_flow(run: Path, recipe: Recipe, autoencoder: AutoEncoder) -> tuple[Flux, TextEncoders]:
-    """Rectified flow, text encoders and transformer together: the teacher, which needs CFG to follow a prompt well.
+def train_flow(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEncoders) -> Flux:
+    """Rectified flow, transformer and text encoders together: the teacher, which needs CFG to follow a prompt well.
 
     A token of these plain pictures says much of its neighbours, so what is where shows through a great deal of noise,
-    and is decided nearer to t = 1 than times around 0.5 reach: the second part of the training is drawn from there.
+    and is decided nearer to t = 1 than times around 0.5 reach: the times are drawn wide, and towards the noise.
 
     Source: "Scaling Rectified Flow Transformers", Esser et al. 2024, for the times and their shift.
     """
     torch.manual_seed(recipe.seed)
-    text = new_text_encoders(run)
     model = initialise(Flux(SCHNELL.transformer))
     pictures = Pictures(run, recipe)
     empty = [ids.int() for ids in text.tokenize([""])]
     forward = compiled(recipe, model)
 
-    def loss(generator: torch.Generator, mean: float = 0.0) -> Tensor:
+    def loss(generator: torch.Generator) -> Tensor:
         chosen, ids = pictures.batch(generator)
         clean, tokens = chosen["latents"], (chosen["t5_ids"], chosen["clip_ids"])
-        dropped = torch.rand(len(clean), 1, generator=generator) < recipe.caption_dropout
-        txt, y = text.encode(*(torch.where(dropped, e, t) for e, t in zip(empty, tokens, strict=True)))
-        img, t, velocity = noisy(clean, generator, mean)
+        chance = torch.rand(len(clean), 1, generator=generator)
+        dropped = (chance < recipe.caption_dropout, chance < recipe.caption_dropout + recipe.vector_dropout)
+        txt, y = text.encode(*(torch.where(d, e, t) for d, e, t in zip(dropped, empty, tokens, strict=True)))
+        img, t, velocity = noisy(clean, generator, recipe.time_mean, recipe.time_spread)
         return F.mse_loss(forward(img, ids, txt, text_ids(*txt.shape[:2]), t, y).float(), velocity)
 
     def preview(step: int) -> None:
         sample_grid(run / f"flow-{step:05d}.png", model, text, autoencoder, true_cfg=3.0)
 
-    def noisier(generator: torch.Generator) -> Tensor:
-        return loss(generator, recipe.noisier_mean)
-
-    def late_preview(step: int) -> None:
-        preview(recipe.flow_steps + step)
-
-    together = nn.ModuleList((model, text.t5, text.clip))
-    fit("flow", together, loss, recipe.flow_steps, run, recipe, preview)
-    gentle = replace(recipe, learning_rate=recipe.learning_rate / 2)
-    fit("noisier", together, noisier, recipe.noisier_steps, run, gentle, late_preview)
-    return model.requires_grad_(False), text
+    fit("flow", nn.ModuleList((model, text.t5, text.clip)), loss, recipe.flow_steps, run, recipe, preview)
+    return model.requires_grad_(False)
 
 
 def compiled(recipe: Recipe, module: Flux) -> Callable[..., Tensor]:

@@ -12,6 +12,8 @@ from fluxlab.tiny.recipe import SMOKE
 from fluxlab.tiny.train import train
 from fluxlab.tiny.train_autoencoder import train_autoencoder
 from fluxlab.tiny.train_flow import initialise
+from fluxlab.tiny.train_text import OPTIONS, SLOTS, truth
+from fluxlab.tiny.world import Scene, Thing
 from fluxlab.weights.files import Checkpoint
 from tests.conftest import randomise
 
@@ -29,7 +31,15 @@ def test_all_stages_run_resume_and_write_what_the_library_loads(tmp_path, monkey
     assert loaded.autoencoder.config.scale_factor == float(factors["scale_factor"])
     assert loaded.autoencoder.config.shift_factor == float(factors["shift_factor"])
     record = {path.name for path in (output / "training").iterdir()}
-    assert record >= {"recipe.json", "flow.jsonl", "guidance.jsonl", "steps.jsonl", "flow-00001.png", "steps-00002.png"}
+    assert record >= {
+        "recipe.json",
+        "text.jsonl",
+        "flow.jsonl",
+        "guidance.jsonl",
+        "steps.jsonl",
+        "flow-00001.png",
+        "steps-00002.png",
+    }
     fl.load_weights(fl.build("flux-tiny-schnell", device="meta"), output / "training/teacher.safetensors")
     measures = json.loads((output / "training/measures.json").read_text())
     assert {row["variant"] for row in measures} == {"flux-tiny-dev", "flux-tiny-schnell"}
@@ -82,3 +92,22 @@ def test_without_its_embedder_the_model_is_the_same_at_that_guidance():
         guided = dev(**inputs)
         inputs.pop("guidance")
         torch.testing.assert_close(without_guidance(dev, 3.0)(**inputs), guided, atol=1e-5, rtol=1e-5)
+
+
+def test_the_truth_of_a_caption_names_what_each_place_holds():
+    two = Scene((Thing("circle", "red", "small"), Thing("star", "pink", "large")), "above", "navy")
+    one = Scene((Thing("ring", "cyan", "large"),), "center", "white")
+    held = [
+        {
+            slot: tuple(words[i] for words, i in zip(OPTIONS, row, strict=True) if i >= 0)
+            for slot, row in zip(SLOTS, rows, strict=True)
+        }
+        for rows in truth([two, one]).tolist()
+    ]
+    nothing = ("nothing",) * 3
+    assert held[0]["top"] == ("red", "circle", "small")
+    assert held[0]["bottom"] == ("pink", "star", "large")
+    assert held[0]["left"] == held[0]["center"] == nothing
+    assert held[0]["background"] == ("navy",)
+    assert held[1]["center"] == ("cyan", "ring", "large")
+    assert held[1]["top"] == nothing

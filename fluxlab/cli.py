@@ -199,16 +199,17 @@ def convert(
 def train_tiny(
     run: Annotated[Path, typer.Option(help="Where the training keeps its state; run again, it goes on from there.")],
     output: Annotated[Optional[Path], typer.Option(help="Where flux-tiny is written when done.")] = None,  # noqa: UP045
+    teacher: Annotated[Optional[Path], typer.Option(help="Weights of an earlier teacher to go on from.")] = None,  # noqa: UP045
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     smoke: Annotated[bool, typer.Option(help="A few steps of every stage, to see that all of it works.")] = False,
 ) -> None:
-    """Train flux-tiny: tokenizers, autoencoder, flow with the text encoders, guidance, fewer steps; then measure it."""
+    """Train flux-tiny: tokenizers, autoencoder, text encoders, flow, guidance, fewer steps; then measure it."""
     from dataclasses import replace
 
     from fluxlab.tiny.recipe import SMOKE, Recipe
     from fluxlab.tiny.train import train
 
-    train(run, replace(SMOKE if smoke else Recipe(), seed=seed), output)
+    train(run, replace(SMOKE if smoke else Recipe(), seed=seed), output, teacher)
 
 
 if __name__ == "__main__":

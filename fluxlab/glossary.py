@@ -143,7 +143,7 @@ _TABLE = (
         "The one residual stream, text then image, before the block.",
         "08",
     ),
-    _("single_blocks.{i}.output", "tensor", "B L C", "The same after it.", "08"),
+    _("single_blocks.{i}.output", "tensor", "B L C", "That stream after the block.", "08"),
     _("single_blocks.{i}.modulation.shift", "tensor", "B 1 C", "Added to the tokens before the block.", "06"),
     _("single_blocks.{i}.modulation.scale", "tensor", "B 1 C", "Multiplies the tokens before the block, less 1.", "06"),
     _("single_blocks.{i}.modulation.gate", "tensor", "B 1 C", "How much of the block the stream takes.", "06"),

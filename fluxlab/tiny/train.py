@@ -38,8 +38,16 @@ from fluxlab.weights.convert import factors
 from fluxlab.weights.files import write_tensors, write_text
 
 
-def train(run: Path, recipe: Recipe | None = None, output: Path | None = None) -> None:
-    """Run every stage that is not finished in the folder ``run``; write flux-tiny into ``output`` if given."""
+def train(run: Path, recipe: Recipe | None = None, output: Path | None = None, teacher: Path | None = None) -> None:
+    """Run every stage that is not finished in the folder ``run``.
+
+    Args:
+        run: keeps the state of every stage.
+        recipe: how long each is, and with what.
+        output: where flux-tiny is written, if anywhere.
+        teacher: weights of an earlier teacher, such as ``training/teacher.safetensors`` of flux-tiny, to go on from;
+            by default the flow starts from new ones.
+    """
     recipe = recipe or Recipe()
     run.mkdir(parents=True, exist_ok=True)
     _same_recipe(run / "recipe.json", recipe)
@@ -48,12 +56,12 @@ def train(run: Path, recipe: Recipe | None = None, output: Path | None = None) -
     autoencoder = train_autoencoder(run, recipe)
     encode_pictures(run, recipe, autoencoder)
     text = train_text(run, recipe)
-    teacher = train_flow(run, recipe, autoencoder, text)
-    dev = distil_guidance(run, recipe, autoencoder, teacher, text)
+    learned = train_flow(run, recipe, autoencoder, text, teacher)
+    dev = distil_guidance(run, recipe, autoencoder, learned, text)
     schnell = distil_steps(run, recipe, autoencoder, dev, text)
     if output is not None:
         pipes = [Pipeline(DEV, dev, autoencoder, text), Pipeline(SCHNELL, schnell, autoencoder, text)]
-        publish(run, output, pipes, teacher)
+        publish(run, output, pipes, learned)
         if not (run / "measures.json").exists():
             rows = [row for pipe in pipes for row in measure_all(pipe, recipe.measured)]
             write_text(json.dumps(rows, indent=1) + "\n", run / "measures.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from fluxlab.tiny.loop import fit
 from fluxlab.tiny.pictures import Pictures, save_grid
 from fluxlab.tiny.recipe import Recipe
 from fluxlab.tiny.world import random_picture
+from fluxlab.weights.load import load_weights
 
 DEV, SCHNELL = VARIANTS["flux-tiny-dev"], VARIANTS["flux-tiny-schnell"]
 
@@ -41,8 +43,13 @@ def noisy(clean: Tensor, generator: torch.Generator, mean: float, spread: float)
     return torch.lerp(clean, unit, t[:, None, None]), t, unit - clean
 
 
-def train_flow(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEncoders) -> Flux:
+def train_flow(
+    run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEncoders, teacher: Path | None = None
+) -> Flux:
     """Rectified flow, transformer and text encoders together: the teacher, which needs CFG to follow a prompt well.
+
+    From new weights, or from those of an earlier ``teacher``, which has to get used to new text encoders and so
+    learns at half the rate.
 
     A token of these plain pictures says much of its neighbours, so what is where shows through a great deal of noise,
     and is decided nearer to t = 1 than times around 0.5 reach: the times are drawn wide, and towards the noise.
@@ -51,6 +58,9 @@ def train_flow(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEn
     """
     torch.manual_seed(recipe.seed)
     model = initialise(Flux(SCHNELL.transformer))
+    if teacher is not None:
+        load_weights(model, teacher, dtype=torch.float32)
+        recipe = replace(recipe, learning_rate=recipe.learning_rate / 2)
     pictures = Pictures(run, recipe)
     empty = [ids.int() for ids in text.tokenize([""])]
     forward = compiled(recipe, model)

@@ -8,13 +8,17 @@ import torch
 import fluxlab as fl
 from fluxlab.tiny import train_autoencoder as first_stage
 from fluxlab.tiny.distil import without_guidance
+from fluxlab.tiny.pictures import encode_pictures
 from fluxlab.tiny.recipe import SMOKE
+from fluxlab.tiny.text import train_tokenizers
 from fluxlab.tiny.train import train
 from fluxlab.tiny.train_autoencoder import train_autoencoder
-from fluxlab.tiny.train_flow import initialise
-from fluxlab.tiny.train_text import OPTIONS, SLOTS, truth
+from fluxlab.tiny.train_flow import initialise, train_flow
+from fluxlab.tiny.train_text import OPTIONS, SLOTS, train_text, truth
 from fluxlab.tiny.world import Scene, Thing
 from fluxlab.weights.files import Checkpoint
+from fluxlab.weights.find import data_folder
+from fluxlab.weights.load import load_weights
 from tests.conftest import randomise
 
 
@@ -46,6 +50,19 @@ def test_all_stages_run_resume_and_write_what_the_library_loads(tmp_path, monkey
 
     train(run, SMOKE, output)  # every stage is finished: nothing changes
     assert (output / "flux-tiny-dev.safetensors").read_bytes() == written
+
+
+def test_the_flow_goes_on_from_an_earlier_teacher(tmp_path, tiny):
+    train_tokenizers(tmp_path, 0)
+    autoencoder = tiny.autoencoder
+    encode_pictures(tmp_path, SMOKE, autoencoder)
+    earlier = data_folder() / "flux-tiny/training/teacher.safetensors"
+    text = train_text(tmp_path, SMOKE)
+    begun = load_weights(fl.build("flux-tiny-schnell", device="meta"), earlier, dtype=torch.float32).state_dict()
+    learned = train_flow(tmp_path, SMOKE, autoencoder, text, teacher=earlier).state_dict()
+    far = {name: (learned[name] - begun[name]).abs().max().item() for name in begun}
+    assert max(far.values()) < 0.1  # two steps from there, where a new one is zero or random
+    assert max(far.values()) > 0
 
 
 def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch):

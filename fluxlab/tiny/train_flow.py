@@ -59,7 +59,7 @@ def train_flow(
     torch.manual_seed(recipe.seed)
     model = initialise(Flux(SCHNELL.transformer))
     if teacher is not None:
-        load_weights(model, teacher, dtype=torch.float32)
+        load_weights(model, teacher, dtype=torch.float32).train().requires_grad_()
         recipe = replace(recipe, learning_rate=recipe.learning_rate / 2)
     pictures = Pictures(run, recipe)
     empty = [ids.int() for ids in text.tokenize([""])]

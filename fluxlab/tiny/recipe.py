@@ -21,9 +21,9 @@ class Recipe:
     time_mean: float = 1.5  # of the logit-normal times: what is where is settled near the noise, above t = 0.95
     time_spread: float = 2.0
     guidance_steps: int = 800
-    pairs: int = 8_000  # noise and picture of flux-tiny-dev, of the usual size, for flux-tiny-schnell
+    pairs: int = 5_000  # noise and picture of flux-tiny-dev, of the usual size, for flux-tiny-schnell
     schnell_guidance: float = 4.0  # at which they are painted
-    reflow_steps: int = 1_800
+    reflow_steps: int = 1_400
     measured: int = 256  # held-out prompts
     image_tokens: int = 4_096  # in a batch: 64 pictures of 128x128, 16 of 256x256
     usual_share: float = 0.8  # of the batches are of the usual size

@@ -143,27 +143,25 @@ def test_what_cannot_be_painted_is_refused(tiny, options, message):
 def test_pictures_follow_prompts_that_training_never_saw(tiny):
     """At the variant's own settings; by chance they were 1/8, 1/5, 1/6 and 1/4. The card has the exact shares."""
     right = measure(tiny, number=48)
-    assert right["colour"] > 0.7
-    assert right["place"] > 0.7
-    assert right["shape"] > 0.4
+    assert right["colour"] > 0.75
+    assert right["place"] > 0.8
+    assert right["shape"] > 0.5
     assert right["background"] > 0.95
 
 
-def test_guidance_pushes_towards_the_prompt(tiny):
-    """Asked for a large triangle, more guidance paints larger ones; asked for a small one, it does not."""
-
-    def size(word, guidance):
+def test_a_size_in_the_prompt_is_the_size_in_the_picture(tiny):
+    def size(word):
         prompt = f"a {word} red triangle on the right on a black background"
-        pictures = tiny(prompt, seed=range(16), guidance=guidance, progress=False)
+        pictures = tiny(prompt, seed=range(16), progress=False)
         return np.mean([(np.asarray(picture)[..., 0] > 120).mean() for picture in pictures])
 
-    assert size("large", 4.0) > 1.05 * size("large", 1.0)
-    assert size("small", 4.0) < 0.6 * size("large", 4.0)
+    assert size("small") < 0.6 * size("large")
 
 
 def test_guidance_helps_the_picture_follow(tiny):
-    weak, strong = (measure(tiny, number=64, guidance=guidance) for guidance in (1.0, 4.0))
-    assert strong["shape"] + strong["count"] > weak["shape"] + weak["count"]
+    weak, strong = (measure(tiny, number=64, guidance=guidance) for guidance in (1.0, 8.0))
+    assert strong["shape"] > weak["shape"] + 0.05
+    assert strong["all"] > weak["all"]
 
 
 def test_noise_that_is_not_finite_is_refused(tiny):

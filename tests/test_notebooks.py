@@ -77,6 +77,7 @@ def test_a_chapter_gives_its_committed_text_in_a_minute_and_its_solutions_are_ri
     (tmp_path / "profile_default/startup/00.py").write_text(OFFLINE)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # half of two cores, so that the minute also holds beside other work
     notebook, places = solved(read(path))
     measures_memory = os.path.exists("/proc/self/status")
     if measures_memory:

@@ -32,7 +32,6 @@ test: .venv/.installed browser
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest
-	$(BIN)/pytest --nbmake --nbmake-timeout=300 notebooks
 
 # Some tests open graphs in Netron in a real browser. As root on Debian, as in CI, it is installed; else only said.
 browser:

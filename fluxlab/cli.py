@@ -199,7 +199,7 @@ def convert(
 def train_tiny(
     run: Annotated[Path, typer.Option(help="Where the training keeps its state; run again, it goes on from there.")],
     output: Annotated[Optional[Path], typer.Option(help="Where flux-tiny is written when done.")] = None,  # noqa: UP045
-    teacher: Annotated[Optional[Path], typer.Option(help="Weights of an earlier teacher to go on from.")] = None,  # noqa: UP045
+    earlier: Annotated[Optional[Path], typer.Option(help="Folder of a flux-tiny to go on from.")] = None,  # noqa: UP045
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     smoke: Annotated[bool, typer.Option(help="A few steps of every stage, to see that all of it works.")] = False,
 ) -> None:
@@ -209,7 +209,7 @@ def train_tiny(
     from fluxlab.tiny.recipe import SMOKE, Recipe
     from fluxlab.tiny.train import train
 
-    train(run, replace(SMOKE if smoke else Recipe(), seed=seed), output, teacher)
+    train(run, replace(SMOKE if smoke else Recipe(), seed=seed), output, earlier)
 
 
 if __name__ == "__main__":

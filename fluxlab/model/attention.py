@@ -29,6 +29,11 @@ def attention(
     return see("attended", rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)"))
 
 
+def split_heads(qkv: Float[Tensor, "batch tokens qkv"], heads: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values, B H L D, of one Linear's ``(K H D)``; copied, so that a head's rows lie together."""
+    return rearrange(qkv, "b l (k h d) -> k b h l d", k=3, h=heads).contiguous().unbind(0)
+
+
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x^2) + 1e-6) * scale`` over the last axis, in float32 at least.
 
@@ -82,7 +87,7 @@ class SelfAttention(Observed):
         Float[Tensor, "batch heads tokens dim"],
         Float[Tensor, "batch heads tokens dim"],
     ]:
-        """Queries and keys, normed, and values: one Linear, unpacked as ``(K H D)``."""
-        q, k, v = rearrange(self.qkv(x), "b l (k h d) -> k b h l d", k=3, h=self.num_heads)
+        """Queries and keys, normed, and values."""
+        q, k, v = split_heads(self.qkv(x), self.num_heads)
         q, k = self.norm(self.see("q_raw", q), self.see("k_raw", k))
         return q, k, v

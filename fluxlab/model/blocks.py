@@ -7,11 +7,10 @@ Axes: batch B, tokens L = text T + image I, heads H, head width D, channels C, h
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fluxlab.model.attention import QKNorm, SelfAttention, attention
+from fluxlab.model.attention import QKNorm, SelfAttention, attention, split_heads
 from fluxlab.model.modulation import Modulation, add_gated, modulate
 from fluxlab.model.observe import Observed
 
@@ -131,7 +130,7 @@ class SingleStreamBlock(Observed):
     def _attend(
         self, qkv: Float[Tensor, "batch tokens qkv"], pe: Float[Tensor, "#batch 1 tokens pairs 2 2"]
     ) -> Float[Tensor, "batch tokens channels"]:
-        q, k, v = rearrange(qkv, "b l (k h d) -> k b h l d", k=3, h=self.num_heads)
+        q, k, v = split_heads(qkv, self.num_heads)
         q, k = self.norm(self.see("q_raw", q), self.see("k_raw", k))
         return attention(q, k, v, pe, self.see)
 

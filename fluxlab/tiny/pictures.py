@@ -6,63 +6,59 @@ Axes: number N, height H and width W in pixels, image tokens I.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm.auto import trange
 
 from fluxlab.config import VARIANTS
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.pipeline.latents import image_ids, pack
+from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.recipe import Recipe
-from fluxlab.tiny.text import new_text_encoders
-from fluxlab.tiny.world import PICTURE_SIZES, random_picture
+from fluxlab.tiny.truth import of_tokens
+from fluxlab.tiny.world import PICTURE_SIZES, Picture, random_picture
 from fluxlab.weights.files import read_tensors, write_tensors
 
 SIZE = VARIANTS["flux-tiny-dev"].size
 
 
-def encode_pictures(run: Path, recipe: Recipe, autoencoder: AutoEncoder) -> None:
-    """Draw the training pictures of each size and keep their latents and captions."""
+def encode_pictures(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEncoders) -> None:
+    """Draw the training pictures of each size; keep their latents, their captions, and what each token shows."""
     for height, width in PICTURE_SIZES:
         number = number_of(recipe.pictures, height, width)
 
         def make(height: int = height, width: int = width, number: int = number) -> dict[str, Tensor]:
-            latents, captions = [], []
+            latents, captions, shown = [], [], []
             drawn = draw(number, height, width, recipe.seed + 3)
-            for batch in _batched(tqdm(drawn, desc=f"latents {height}x{width}", total=number, mininterval=10), 32):
+            for _ in trange(0, number, 32, desc=f"latents {height}x{width}", unit="batch", mininterval=10):
+                batch = list(islice(drawn, 32))
                 with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                    pixels = to_float(torch.stack([p for p, _ in batch]))
+                    pixels = to_float(torch.stack([pixels_of(picture) for picture in batch]))
                     latents.append(autoencoder.encode(pixels).half())
-                captions += [caption for _, caption in batch]
-            tokens = new_text_encoders(run).tokenize(captions)
-            return {"latents": torch.cat(latents), "t5_ids": tokens[0].short(), "clip_ids": tokens[1].short()}
+                captions += [picture.caption for picture in batch]
+                shown += [of_tokens(picture).byte() for picture in batch]
+            tokens = text.tokenize(captions)
+            ids = {"t5_ids": tokens[0].short(), "clip_ids": tokens[1].short()}
+            return {"latents": torch.cat(latents), "shown": torch.stack(shown), **ids}
 
         cached(run / f"latents-{height}x{width}.safetensors", make)
 
 
-def draw(number: int, height: int, width: int, seed: int, held_out: bool = False) -> Iterator[tuple[Tensor, str]]:
-    """Pictures, as uint8 of ``3 H W``, and their captions."""
+def draw(number: int, height: int, width: int, seed: int, held_out: bool = False) -> Iterator[Picture]:
+    """Pictures of random scenes."""
     rng = np.random.default_rng(seed)
-    for _ in range(number):
-        picture = random_picture(rng, height, width, held_out)
-        yield torch.from_numpy(picture.pixels).permute(2, 0, 1), picture.caption
+    return (random_picture(rng, height, width, held_out) for _ in range(number))
 
 
-def _batched(items: Any, size: int) -> Iterator[list[tuple[Tensor, str]]]:
-    batch: list[tuple[Tensor, str]] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def pixels_of(picture: Picture) -> Tensor:
+    """Its pixels, as uint8 of ``3 H W``."""
+    return torch.from_numpy(picture.pixels).permute(2, 0, 1)
 
 
 def to_float(pixels: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
     tokenizers   from the picture world's captions
     autoencoder  pictures to latents and back; then its scale and shift are measured
-    latents      the pictures that the transformer learns from, encoded once
     text         T5 and CLIP, from captions alone: what is where
+    latents      the pictures that the transformer learns from, encoded once
     flow         rectified flow, with the text encoders, and captions dropped so that CFG works: the teacher
     guidance     flux-tiny-dev: the teacher's CFG output at any guidance, in one forward
     steps        flux-tiny-schnell: the same pictures in 1 to 4 steps
@@ -24,8 +24,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.pipeline import Pipeline
+from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.distil import distil_guidance, distil_steps
 from fluxlab.tiny.measure import measure_all
 from fluxlab.tiny.pictures import encode_pictures
@@ -36,27 +38,27 @@ from fluxlab.tiny.train_flow import DEV, SCHNELL, train_flow
 from fluxlab.tiny.train_text import train_text
 from fluxlab.weights.convert import factors
 from fluxlab.weights.files import write_tensors, write_text
+from fluxlab.weights.load import autoencoder_config, load_weights
+
+TEACHER = "training/teacher.safetensors"
 
 
-def train(run: Path, recipe: Recipe | None = None, output: Path | None = None, teacher: Path | None = None) -> None:
+def train(run: Path, recipe: Recipe | None = None, output: Path | None = None, earlier: Path | None = None) -> None:
     """Run every stage that is not finished in the folder ``run``.
 
     Args:
         run: keeps the state of every stage.
         recipe: how long each is, and with what.
         output: where flux-tiny is written, if anywhere.
-        teacher: weights of an earlier teacher, such as ``training/teacher.safetensors`` of flux-tiny, to go on from;
-            by default the flow starts from new ones.
+        earlier: folder of a flux-tiny to go on from: its autoencoder and tokenizers stay as they are, its text
+            encoders and its teacher learn on. By default all of it starts from new weights.
     """
     recipe = recipe or Recipe()
     run.mkdir(parents=True, exist_ok=True)
     _same_recipe(run / "recipe.json", recipe)
-    if not (run / "t5/spiece.model").exists() or not (run / "clip/tokenizer.json").exists():
-        train_tokenizers(run, recipe.seed)
-    autoencoder = train_autoencoder(run, recipe)
-    encode_pictures(run, recipe, autoencoder)
-    text = train_text(run, recipe)
-    learned = train_flow(run, recipe, autoencoder, text, teacher)
+    autoencoder, text = begin_anew(run, recipe) if earlier is None else go_on_from(earlier)
+    encode_pictures(run, recipe, autoencoder, text)
+    learned = train_flow(run, recipe, autoencoder, text, earlier and earlier / TEACHER)
     dev = distil_guidance(run, recipe, autoencoder, learned, text)
     schnell = distil_steps(run, recipe, autoencoder, dev, text)
     if output is not None:
@@ -66,6 +68,22 @@ def train(run: Path, recipe: Recipe | None = None, output: Path | None = None, t
             rows = [row for pipe in pipes for row in measure_all(pipe, recipe.measured)]
             write_text(json.dumps(rows, indent=1) + "\n", run / "measures.json")
         (output / "training/measures.json").write_bytes((run / "measures.json").read_bytes())
+
+
+def begin_anew(run: Path, recipe: Recipe) -> tuple[AutoEncoder, TextEncoders]:
+    """The stages before the flow: tokenizers, autoencoder, text."""
+    if not (run / "t5/spiece.model").exists() or not (run / "clip/tokenizer.json").exists():
+        train_tokenizers(run, recipe.seed)
+    return train_autoencoder(run, recipe), train_text(run, recipe)
+
+
+def go_on_from(folder: Path) -> tuple[AutoEncoder, TextEncoders]:
+    """What those stages made for a flux-tiny that is published in a folder."""
+    weights = folder / Path(DEV.autoencoder_file).name
+    with torch.device("meta"):
+        autoencoder = AutoEncoder(autoencoder_config(DEV, weights))
+    text = TextEncoders.load(folder / "t5", folder / "clip", DEV.t5_length, DEV.clip_length)
+    return load_weights(autoencoder, weights, dtype=torch.float32), text
 
 
 def _same_recipe(path: Path, recipe: Recipe) -> None:
@@ -88,17 +106,18 @@ def publish(run: Path, output: Path, pipes: list[Pipeline], teacher: Flux) -> No
     files: list[tuple[str, Any, dict[str, str] | None]] = [
         (pipe.variant.transformer_file, pipe.model, None) for pipe in pipes
     ]
-    files.append(("training/teacher.safetensors", teacher, None))
+    files.append((TEACHER, teacher, None))
     files.append((shared.variant.autoencoder_file, shared.autoencoder, factors(shared.autoencoder.config)))
     for name, module, metadata in files:
         write_tensors(module.to(torch.bfloat16).state_dict(), output / name.removeprefix("flux-tiny/"), metadata)
         module.to(torch.float32)
     for name in ("t5", "clip"):
         encoder: Any = getattr(shared.text, name)
+        (output / name).mkdir(exist_ok=True)
+        for file in Path(getattr(shared.text, f"{name}_tokenizer").name_or_path).iterdir():
+            (output / name / file.name).write_bytes(file.read_bytes())
         encoder.to(torch.bfloat16).save_pretrained(output / name)
         encoder.to(torch.float32)
-        for file in (run / name).iterdir():
-            (output / name / file.name).write_bytes(file.read_bytes())
     for file in (run / "recipe.json", *sorted(run.glob("*.jsonl"))):
         (output / "training" / file.name).write_bytes(file.read_bytes())
     for stage in ("autoencoder", "flow", "guidance", "steps"):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fluxlab.config import VARIANTS
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.tiny.loop import fit
-from fluxlab.tiny.pictures import cached, draw, save_grid, to_float
+from fluxlab.tiny.pictures import cached, draw, pixels_of, save_grid, to_float
 from fluxlab.tiny.recipe import Recipe
 
 CONFIG = VARIANTS["flux-tiny-dev"].autoencoder
@@ -34,7 +34,9 @@ def train_autoencoder(run: Path, recipe: Recipe) -> AutoEncoder:
         bias[CONFIG.z_channels :] = -3.0
     pixels = cached(
         run / "crops.safetensors",
-        lambda: {"pixels": torch.stack([p for p, _ in draw(recipe.crops, 128, 128, recipe.seed + 1)])},
+        lambda: {
+            "pixels": torch.stack([pixels_of(picture) for picture in draw(recipe.crops, 128, 128, recipe.seed + 1)])
+        },
     )["pixels"]
 
     def error(latent: Tensor, crops: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ def train_autoencoder(run: Path, recipe: Recipe) -> AutoEncoder:
         epsilon = torch.randn(n, CONFIG.z_channels, 8, 8, generator=generator)
         return reconstruct(to_float(crops).contiguous(memory_format=torch.channels_last), epsilon)
 
-    held_out = torch.stack([p for p, _ in draw(32, 128, 128, recipe.seed + 2, held_out=True)])
+    held_out = torch.stack([pixels_of(picture) for picture in draw(32, 128, 128, recipe.seed + 2, held_out=True)])
 
     def preview(step: int) -> None:
         with torch.no_grad():

@@ -2,7 +2,7 @@
 
 FLUX's encoders had read a great deal before FLUX was trained. New ones have to find out that in "a red ring left of a
 blue star" *red* belongs to *ring* and both to the left. The flow teaches that slowly; captions with truth, quickly.
-Axes: captions B, text tokens T, slots S (the five places, then what is behind), options O.
+Axes: captions B, text tokens T, slots S (the five places, then what is behind), options O of all questions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,12 +21,8 @@ from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.loop import fit
 from fluxlab.tiny.recipe import Recipe
 from fluxlab.tiny.text import new_text_encoders
-from fluxlab.tiny.world import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, random_scene
-
-SLOTS = (*PLACES, "background")
-OPTIONS = (("nothing", *COLOURS), ("nothing", *SHAPES), ("nothing", *SIZES), tuple(BACKGROUNDS))  # four questions
-_TWO = {"left of": ("left", "right"), "above": ("top", "bottom")}  # where two things stand
-_UNASKED = -100  # what cross-entropy leaves out
+from fluxlab.tiny.truth import NUMBER, SLOTS, answer_loss, of_slots
+from fluxlab.tiny.world import random_scene
 
 
 class Reader(nn.Module):
@@ -37,10 +33,9 @@ class Reader(nn.Module):
     def __init__(self, width: int, vec_width: int) -> None:
         """Read a sequence of ``width``, and one vector of ``vec_width``."""
         super().__init__()
-        options = sum(len(words) for words in OPTIONS)
         self.query = nn.Parameter(torch.randn(len(SLOTS), width))
-        self.key, self.value, self.out = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, options)
-        self.from_vector = nn.Linear(vec_width, len(SLOTS) * options)
+        self.key, self.value, self.out = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, NUMBER)
+        self.from_vector = nn.Linear(vec_width, len(SLOTS) * NUMBER)
 
     def forward(
         self, txt: Float[Tensor, "batch text_tokens width"], y: Float[Tensor, "batch vec_width"]
@@ -48,18 +43,6 @@ class Reader(nn.Module):
         """Logits of all options, those of each question side by side: T5's, then CLIP's."""
         found = F.scaled_dot_product_attention(self.query.expand(len(txt), -1, -1), self.key(txt), self.value(txt))
         return torch.stack((self.out(found), rearrange(self.from_vector(y), "b (s o) -> b s o", s=len(SLOTS))))
-
-
-def truth(scenes: list[Scene]) -> Int[Tensor, "batch slots 4"]:
-    """The right option for each slot and question: colour, shape and size of what stands there; what is behind."""
-    right = np.zeros((len(scenes), len(SLOTS), len(OPTIONS)), np.int64)
-    right[:, :-1, 3] = right[:, -1, :3] = _UNASKED
-    for row, scene in zip(right, scenes, strict=True):
-        row[-1, 3] = OPTIONS[3].index(scene.background)
-        for thing, place in zip(scene.things, _TWO.get(scene.where, (scene.where,)), strict=True):
-            words = (thing.colour, thing.shape, thing.size)
-            row[SLOTS.index(place), :3] = [options.index(w) for options, w in zip(OPTIONS, words, strict=False)]
-    return torch.from_numpy(right)
 
 
 def train_text(run: Path, recipe: Recipe) -> TextEncoders:
@@ -72,10 +55,7 @@ def train_text(run: Path, recipe: Recipe) -> TextEncoders:
         rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
         scenes = [random_scene(rng) for _ in range(recipe.captions)]
         tokens = text.tokenize([scene.caption(rng, complete=False) for scene in scenes])
-        told, right = reader(*text.encode(*tokens)).float(), truth(scenes).expand(2, -1, -1, -1)
-        questions = told.split([len(words) for words in OPTIONS], dim=-1)
-        losses = [F.cross_entropy(q.flatten(0, 2), right[..., i].flatten()) for i, q in enumerate(questions)]
-        return torch.stack(losses).sum()
+        return answer_loss(reader(*text.encode(*tokens)), of_slots(scenes).expand(2, -1, -1, -1))
 
     slower = replace(recipe, learning_rate=recipe.text_learning_rate)
     fit("text", nn.ModuleList((text.t5, text.clip, reader)), loss, recipe.text_steps, run, slower)

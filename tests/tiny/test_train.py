@@ -2,20 +2,22 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 import fluxlab as fl
+from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.tiny import train_autoencoder as first_stage
 from fluxlab.tiny.distil import without_guidance
 from fluxlab.tiny.pictures import encode_pictures
 from fluxlab.tiny.recipe import SMOKE
-from fluxlab.tiny.text import train_tokenizers
-from fluxlab.tiny.train import train
+from fluxlab.tiny.train import TEACHER, go_on_from, publish, train
 from fluxlab.tiny.train_autoencoder import train_autoencoder
-from fluxlab.tiny.train_flow import initialise, train_flow
-from fluxlab.tiny.train_text import OPTIONS, SLOTS, train_text, truth
-from fluxlab.tiny.world import Scene, Thing
+from fluxlab.tiny.train_flow import SCHNELL, initialise, train_flow
+from fluxlab.tiny.truth import OPTIONS, SLOTS, answer_loss, of_slots, of_tokens
+from fluxlab.tiny.world import Scene, Thing, draw_scene
 from fluxlab.weights.files import Checkpoint
 from fluxlab.weights.find import data_folder
 from fluxlab.weights.load import load_weights
@@ -52,17 +54,26 @@ def test_all_stages_run_resume_and_write_what_the_library_loads(tmp_path, monkey
     assert (output / "flux-tiny-dev.safetensors").read_bytes() == written
 
 
-def test_the_flow_goes_on_from_an_earlier_teacher(tmp_path, tiny):
-    train_tokenizers(tmp_path, 0)
-    autoencoder = tiny.autoencoder
-    encode_pictures(tmp_path, SMOKE, autoencoder)
-    earlier = data_folder() / "flux-tiny/training/teacher.safetensors"
-    text = train_text(tmp_path, SMOKE)
-    begun = load_weights(fl.build("flux-tiny-schnell", device="meta"), earlier, dtype=torch.float32).state_dict()
-    learned = train_flow(tmp_path, SMOKE, autoencoder, text, teacher=earlier).state_dict()
-    far = {name: (learned[name] - begun[name]).abs().max().item() for name in begun}
-    assert max(far.values()) < 0.1  # two steps from there, where a new one is zero or random
-    assert max(far.values()) > 0
+def test_a_run_goes_on_from_an_earlier_flux_tiny(tmp_path):
+    folder = data_folder() / "flux-tiny"
+    autoencoder, text = go_on_from(folder)
+    encode_pictures(tmp_path, SMOKE, autoencoder, text)
+    begun = load_weights(fl.build("flux-tiny-schnell", device="meta"), folder / TEACHER, dtype=torch.float32)
+    before = [p.clone() for part in (begun, text.t5, text.clip) for p in part.parameters()]
+    learned = train_flow(tmp_path, SMOKE, autoencoder, text, folder / TEACHER)
+    after = [p for part in (learned, text.t5, text.clip) for p in part.parameters()]
+    far = [(a - b).abs().max().item() for a, b in zip(after, before, strict=True)]
+    assert max(far) < 0.1  # two steps from there, where new weights are zero or random
+    assert sum(each > 0 for each in far) > 0.9 * len(far)  # and all of it learns
+    assert not any(block._forward_hooks for block in learned.single_blocks)
+    publish_to = tmp_path / "data/flux-tiny"
+    (tmp_path / "recipe.json").write_text("{}\n")
+    publish(tmp_path, publish_to, [Pipeline(SCHNELL, learned, autoencoder, text)], learned)
+    assert {file.name for file in (publish_to / "t5").iterdir()} == {file.name for file in (folder / "t5").iterdir()}
+    assert {file.name for file in (publish_to / "clip").iterdir()} == {
+        file.name for file in (folder / "clip").iterdir()
+    }
+    assert (publish_to / "ae.safetensors").read_bytes() == (folder / "ae.safetensors").read_bytes()
 
 
 def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch):
@@ -119,7 +130,7 @@ def test_the_truth_of_a_caption_names_what_each_place_holds():
             slot: tuple(words[i] for words, i in zip(OPTIONS, row, strict=True) if i >= 0)
             for slot, row in zip(SLOTS, rows, strict=True)
         }
-        for rows in truth([two, one]).tolist()
+        for rows in of_slots([two, one]).tolist()
     ]
     nothing = ("nothing",) * 3
     assert held[0]["top"] == ("red", "circle", "small")
@@ -128,3 +139,26 @@ def test_the_truth_of_a_caption_names_what_each_place_holds():
     assert held[0]["background"] == ("navy",)
     assert held[1]["center"] == ("cyan", "ring", "large")
     assert held[1]["top"] == nothing
+
+
+def test_the_truth_of_image_tokens_names_what_covers_each():
+    scene = Scene((Thing("circle", "red", "small"), Thing("star", "pink", "large")), "above", "navy")
+    right = of_tokens(draw_scene(scene, np.random.default_rng(0), 128, 192)).reshape(8, 12, 4)
+    words = [options[i] for options, i in zip(OPTIONS, right[0, 0].tolist(), strict=True)]
+    assert words == ["nothing", "nothing", "nothing", "navy"]
+    columns = [{(OPTIONS[0][c], OPTIONS[1][s]) for c, s in zip(*row[:, :2].T.tolist(), strict=True)} for row in right]
+    nothing = ("nothing", "nothing")
+    assert columns[2] == {nothing, ("red", "circle")}
+    assert columns[5] == {nothing, ("pink", "star")}
+    assert columns[7] == {nothing} or columns[0] == {nothing}
+
+
+def test_answers_that_are_right_cost_nothing_and_unasked_questions_do_not_count():
+    scene = Scene((Thing("ring", "cyan", "large"),), "center", "white")
+    right = of_slots([scene])
+    told = torch.cat([F.one_hot(right[..., i].clamp(0), len(words)) for i, words in enumerate(OPTIONS)], dim=-1).float()
+    assert answer_loss(50 * told, right) < 1e-6
+    assert answer_loss(-50 * told, right) > 10
+    unasked = told.clone()
+    unasked[0, 0, -4:] = torch.randn(4)  # the background of a place
+    assert answer_loss(50 * unasked, right) < 1e-6

@@ -41,7 +41,7 @@ def distil_guidance(run: Path, recipe: Recipe, autoencoder: AutoEncoder, teacher
     pictures = Pictures(run, recipe)
     with torch.no_grad():
         empty_txt, empty_y = text([""])
-    forward = compiled(recipe, student)
+    forward, taught = compiled(recipe, student), compiled(recipe, teacher)
 
     def loss(generator: torch.Generator) -> Tensor:
         chosen, ids = pictures.batch(generator)
@@ -51,8 +51,8 @@ def distil_guidance(run: Path, recipe: Recipe, autoencoder: AutoEncoder, teacher
         with torch.no_grad():
             txt, y = text.encode(*tokens)
             places = text_ids(*txt.shape[:2])
-            with_prompt = teacher(img, ids, txt, places, t, y).float()
-            without = teacher(
+            with_prompt = taught(img, ids, txt, places, t, y).float()
+            without = taught(
                 img, ids, empty_txt.expand_as(txt).contiguous(), places, t, empty_y.expand_as(y).contiguous()
             )
             target = without + guidance[:, None, None] * (with_prompt - without.float())

@@ -1,4 +1,4 @@
-"""What is where, as questions with a few options each: for words to learn from, and for image tokens. Chapter 16.
+"""What is where, as questions with a few options each, for text and for image tokens. Opened in chapter 16.
 
 Colour, shape and size of the thing at some place, or nothing; and the background.
 Axes: captions B, slots S (the five places, then what is behind), image tokens I, options O of all questions.

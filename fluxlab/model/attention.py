@@ -31,7 +31,7 @@ def attention(
 
 def split_heads(qkv: Float[Tensor, "batch tokens qkv"], heads: int) -> tuple[Tensor, ...]:
     """Queries, keys and values, B H L D, of one Linear's ``(K H D)``; copied, so that a head's rows lie together."""
-    return rearrange(qkv, "b l (k h d) -> k b h l d", k=3, h=heads).contiguous().unbind(0)
+    return tuple(x.contiguous() for x in rearrange(qkv, "b l (k h d) -> k b h l d", k=3, h=heads))
 
 
 class RMSNorm(nn.Module):

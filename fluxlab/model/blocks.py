@@ -125,14 +125,11 @@ class SingleStreamBlock(Observed):
     ) -> tuple[Float[Tensor, "batch tokens channels"], Float[Tensor, "batch tokens hidden"]]:
         """Attention and the MLP's hidden features, side by side."""
         qkv, hidden = self.linear1(x).split(self.widths, dim=-1)
-        return self._attend(qkv, pe), self.mlp_act(hidden)
-
-    def _attend(
-        self, qkv: Float[Tensor, "batch tokens qkv"], pe: Float[Tensor, "#batch 1 tokens pairs 2 2"]
-    ) -> Float[Tensor, "batch tokens channels"]:
         q, k, v = split_heads(qkv, self.num_heads)
+        hidden = self.mlp_act(hidden)
+        del qkv  # and with it linear1's output, of which nothing is needed any more
         q, k = self.norm(self.see("q_raw", q), self.see("k_raw", k))
-        return attention(q, k, v, pe, self.see)
+        return attention(q, k, v, pe, self.see), hidden
 
 
 class LastLayer(Observed):

@@ -140,13 +140,17 @@ def test_what_cannot_be_painted_is_refused(tiny, options, message):
         tiny(**({"prompt": PROMPT, "progress": False} | options))
 
 
-def test_pictures_follow_prompts_that_training_never_saw(tiny):
-    """At the variant's own settings; by chance they were 1/8, 1/5, 1/6 and 1/4. The card has the exact shares."""
-    right = measure(tiny, number=48)
-    assert right["colour"] > 0.75
-    assert right["place"] > 0.8
-    assert right["shape"] > 0.5
-    assert right["background"] > 0.95
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("flux-tiny-dev", {"colour": 0.97, "place": 0.97, "background": 0.97, "shape": 0.92, "all": 0.8}),
+        ("flux-tiny-schnell", {"colour": 0.93, "place": 0.93, "background": 0.93, "shape": 0.85, "all": 0.65}),
+    ],
+)
+def test_pictures_follow_prompts_that_training_never_saw(name, least):
+    """At the variant's own settings: 20 steps at guidance 4, and 4 steps. The card has the shares of 256 prompts."""
+    right = measure(fl.load(name), number=64)
+    assert all(right[attribute] >= bound for attribute, bound in least.items()), right
 
 
 def test_a_size_in_the_prompt_is_the_size_in_the_picture(tiny):

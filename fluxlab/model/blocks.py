@@ -116,18 +116,18 @@ class SingleStreamBlock(Observed):
     ) -> Float[Tensor, "batch tokens channels"]:
         x = self.see("input", x)
         (mod,) = self.modulation(vec)
-        branches = self._branches(modulate(self.pre_norm(x), mod.shift, mod.scale), pe)
+        branches = self._branches(self.linear1(modulate(self.pre_norm(x), mod.shift, mod.scale)), pe)
         x = add_gated(x, mod.gate, self.linear2(torch.cat(branches, dim=-1)))  # B L C+M -> B L C
         return self.see("output", x)
 
     def _branches(
-        self, x: Float[Tensor, "batch tokens channels"], pe: Float[Tensor, "#batch 1 tokens pairs 2 2"]
+        self, both: Float[Tensor, "batch tokens qkv_hidden"], pe: Float[Tensor, "#batch 1 tokens pairs 2 2"]
     ) -> tuple[Float[Tensor, "batch tokens channels"], Float[Tensor, "batch tokens hidden"]]:
         """Attention and the MLP's hidden features, side by side."""
-        qkv, hidden = self.linear1(x).split(self.widths, dim=-1)
+        qkv, hidden = both.split(self.widths, dim=-1)
         q, k, v = split_heads(qkv, self.num_heads)
         hidden = self.mlp_act(hidden)
-        del qkv  # and with it linear1's output, of which nothing is needed any more
+        del both, qkv  # all of it is copied by now
         q, k = self.norm(self.see("q_raw", q), self.see("k_raw", k))
         return attention(q, k, v, pe, self.see), hidden
 

@@ -55,7 +55,7 @@ def train(run: Path, recipe: Recipe | None = None, output: Path | None = None, e
     """
     recipe = recipe or Recipe()
     run.mkdir(parents=True, exist_ok=True)
-    _same_recipe(run / "recipe.json", recipe)
+    _same_recipe(run / "recipe.json", asdict(recipe) | {"earlier": earlier is not None})
     autoencoder, text = begin_anew(run, recipe) if earlier is None else go_on_from(earlier)
     encode_pictures(run, recipe, autoencoder, text)
     learned = train_flow(run, recipe, autoencoder, text, earlier and earlier / TEACHER)
@@ -86,9 +86,8 @@ def go_on_from(folder: Path) -> tuple[AutoEncoder, TextEncoders]:
     return load_weights(autoencoder, weights, dtype=torch.float32), text
 
 
-def _same_recipe(path: Path, recipe: Recipe) -> None:
+def _same_recipe(path: Path, given: dict[str, Any]) -> None:
     """A run goes on as it began: what another recipe left there is not mixed in."""
-    given = asdict(recipe)
     if path.exists() and (before := json.loads(path.read_text())) != given:
         changed = {name: (before.get(name), value) for name, value in given.items() if before.get(name) != value}
         raise ValueError(f"{path.parent} was begun with another recipe (then, now): {changed}; name another folder")

@@ -31,7 +31,7 @@ test: .venv/.installed browser
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
 # Some tests open graphs in Netron in a real browser. As root on Debian, as in CI, it is installed; else only said.
 browser:

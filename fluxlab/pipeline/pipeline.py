@@ -153,9 +153,10 @@ class Pipeline:
 
     @torch.no_grad()
     def decode(self, tokens: Float[Tensor, "batch image_tokens patch"], height: int, width: int) -> list[Image.Image]:
-        """Clean tokens to pictures."""
+        """Clean tokens to pictures, one after the other: their feature maps at once take more memory, and more time."""
         weight = self.autoencoder.decoder.conv_in.weight
-        pixels = self.autoencoder.decode(unpack(tokens, height, width).to(weight.device, weight.dtype))
+        latents = unpack(tokens, height, width).to(weight.device, weight.dtype)
+        pixels = torch.cat([self.autoencoder.decode(latent) for latent in latents.split(1)])
         scaled = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
         return [Image.fromarray(picture) for picture in scaled.permute(0, 2, 3, 1).cpu().numpy()]
 

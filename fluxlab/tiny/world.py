@@ -84,23 +84,28 @@ class Scene:
             complete: if False, the size, the place or the relation may be left unsaid.
         """
 
-        def draw(options: tuple[str, ...]) -> str:
-            return options[0] if rng is None else options[rng.integers(len(options))]
-
-        def unsaid(share: float) -> bool:
-            return rng is not None and not complete and rng.random() < share
-
-        with_size = not unsaid(0.25)
+        may_omit = rng if not complete else None
+        with_size = not _happens(0.25, may_omit)
         first, *rest = (thing.words(with_size) for thing in self.things)
         if not rest:
-            what = first if unsaid(0.2) else f"{first} {draw(_PLACE_WORDS[self.where])}"
-        elif unsaid(0.1):
-            what = draw((f"{first} and {rest[0]}", f"{rest[0]} and {first}"))
+            what = first if _happens(0.2, may_omit) else f"{first} {_choose(_PLACE_WORDS[self.where], rng)}"
+        elif _happens(0.1, may_omit):
+            what = _choose((f"{first} and {rest[0]}", f"{rest[0]} and {first}"), rng)
         else:
-            forward = f"{first} {draw(_RELATION_WORDS[self.where])} {rest[0]}"
-            backward = f"{rest[0]} {draw(_INVERSE_WORDS[self.where])} {first}"
-            what = forward if rng is None or rng.random() < 0.65 else backward
-        return draw(_PHRASINGS).format(what=what, background=self.background)
+            forward = f"{first} {_choose(_RELATION_WORDS[self.where], rng)} {rest[0]}"
+            backward = f"{rest[0]} {_choose(_INVERSE_WORDS[self.where], rng)} {first}"
+            what = forward if rng is None or _happens(0.65, rng) else backward
+        return _choose(_PHRASINGS, rng).format(what=what, background=self.background)
+
+
+def _choose(options: tuple[str, ...], rng: np.random.Generator | None) -> str:
+    """One of the options; without ``rng`` the first."""
+    return options[0] if rng is None else options[rng.integers(len(options))]
+
+
+def _happens(share: float, rng: np.random.Generator | None) -> bool:
+    """True in that share of draws; without ``rng`` never."""
+    return rng is not None and rng.random() < share
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ GRAPHS: dict[str, tuple[str, Part]] = {  # those in exported/, without weights, 
     "vae-decoder.onnx": ("flux-dev", "decoder"),
 }
 _TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_EMBED = 1.8e9  # bytes of weights that are kept inside the file; protobuf ends at 2 GiB
+_EMBED = 0.25e9  # bytes of weights that are kept inside the file: a message is held twice while it is written
 _ALIGN = 4096  # bytes: a weight in a file of its own starts at a multiple, so that it can be mapped
 
 
@@ -52,7 +52,7 @@ def export_onnx(
     Each kind of block, and of part inside it, is one local function, called with its weights by their official names:
     the whole transformer of FLUX.1 is 70 nodes. Without weights the file has every name, dtype and shape, and
     says that the numbers are in a file beside it, ``{path}.weights``, which is not written; with weights it runs. Above
-    1.8 GB they are written to that file, a tensor at a time.
+    250 MB they are written to that file, a tensor at a time.
 
     Args:
         name: of the variant.
@@ -155,7 +155,7 @@ def _write(model: Any, numbers: Callable[[str], Tensor] | None, dtype: torch.dty
     if numbers is not None and inside:
         for tensor in model.graph.initializer:
             tensor.ClearField("data_location")
-            tensor.raw_data = _bytes(numbers(tensor.name), dtype)
+            tensor.raw_data = bytes(_bytes(numbers(tensor.name), dtype))
     elif numbers is not None:
         with replacing(beside) as temporary, temporary.open("wb") as file:
             for tensor, size in zip(model.graph.initializer, sizes, strict=True):
@@ -165,8 +165,8 @@ def _write(model: Any, numbers: Callable[[str], Tensor] | None, dtype: torch.dty
         temporary.write_bytes(model.SerializeToString())
 
 
-def _bytes(tensor: Tensor, dtype: torch.dtype) -> bytes:
-    return tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy().tobytes()
+def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
+    return tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy().data
 
 
 def _write_text_encoder(

@@ -14,6 +14,7 @@ from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.embeddings import timestep_embedding
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.latents import noise, text_ids, unpack
+from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.pipeline.sampling import denoise
 from fluxlab.pipeline.schedule import schedule
 from fluxlab.pipeline.text import TextEncoders
@@ -59,7 +60,7 @@ def distil_guidance(run: Path, recipe: Recipe, autoencoder: AutoEncoder, teacher
         return F.mse_loss(forward(img, ids, txt, places, t, y, guidance).float(), target)
 
     def preview(step: int) -> None:
-        sample_grid(run / f"guidance-{step:05d}.png", student, text, autoencoder, guidance=4.0)
+        sample_grid(run / f"guidance-{step:05d}.png", Pipeline(DEV, student, autoencoder, text))
 
     gentle = replace(recipe, learning_rate=recipe.learning_rate / 3)
     fit("guidance", student, loss, recipe.guidance_steps, run, gentle, preview)
@@ -98,7 +99,7 @@ def distil_steps(run: Path, recipe: Recipe, autoencoder: AutoEncoder, dev: Flux,
         return F.mse_loss(forward(img, ids, txt, text_ids(*txt.shape[:2]), t, y).float(), start - clean)
 
     def preview(step: int) -> None:
-        sample_grid(run / f"steps-{step:05d}.png", student, text, autoencoder, steps=4, shift=False)
+        sample_grid(run / f"steps-{step:05d}.png", Pipeline(SCHNELL, student, autoencoder, text))
 
     gentle = replace(recipe, learning_rate=recipe.learning_rate / 3)
     fit("steps", student, loss, recipe.reflow_steps, run, gentle, preview)

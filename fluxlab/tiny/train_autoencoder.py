@@ -64,7 +64,7 @@ def train_autoencoder(run: Path, recipe: Recipe) -> AutoEncoder:
     def preview(step: int) -> None:
         with torch.no_grad():
             truth = to_float(held_out)
-            again = autoencoder(truth)
+            again = torch.cat([autoencoder(few) for few in truth.split(4)])
         errors = (truth - again.clamp(-1, 1)).square().mean(dim=(1, 2, 3)) / 4
         print(f"\nautoencoder, step {step}: {(-10 * errors.log10()).mean():.1f} dB on held-out pictures", flush=True)
         save_grid(run / f"autoencoder-{step:05d}.png", torch.cat((truth[:8], again[:8])), 8)
@@ -81,7 +81,7 @@ def _measured(autoencoder: AutoEncoder, pixels: Tensor) -> AutoEncoder:
     raw = replace(autoencoder.config, scale_factor=1.0, shift_factor=0.0)
     measured = AutoEncoder(raw)
     measured.load_state_dict(autoencoder.state_dict())
-    latents = torch.cat([measured.encode(batch) for batch in pixels.split(16)])
+    latents = torch.cat([measured.encode(batch) for batch in pixels.split(4)])
     config = replace(raw, scale_factor=round(1 / latents.std().item(), 4), shift_factor=round(latents.mean().item(), 4))
     print(f"autoencoder: scale_factor {config.scale_factor}, shift_factor {config.shift_factor}", flush=True)
     measured.config = config

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,12 +18,11 @@ from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.blocks import layer_norm
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.inputs import FluxInputs
-from fluxlab.pipeline.latents import COMPRESSION, image_ids, noise, pack, text_ids, unpack
-from fluxlab.pipeline.sampling import denoise
-from fluxlab.pipeline.schedule import schedule
+from fluxlab.pipeline.latents import COMPRESSION, image_ids, pack, text_ids
+from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.loop import fit
-from fluxlab.tiny.pictures import Pictures, save_grid
+from fluxlab.tiny.pictures import Pictures, save_grid, to_float
 from fluxlab.tiny.recipe import Recipe
 from fluxlab.tiny.truth import NUMBER, answer_loss
 from fluxlab.tiny.world import random_picture
@@ -88,8 +90,10 @@ def train_flow(
         told = reader(halfway[0][:, txt.shape[1] :])
         return error + recipe.reading * answer_loss(told, chosen["shown"])
 
+    painter = Pipeline(replace(SCHNELL, num_steps=20, time_shift=True), model, autoencoder, text)
+
     def preview(step: int) -> None:
-        sample_grid(run / f"flow-{step:05d}.png", model, text, autoencoder, true_cfg=3.0)
+        sample_grid(run / f"flow-{step:05d}.png", painter, true_cfg=3.0)
 
     fit("flow", nn.ModuleList((model, text.t5, text.clip, reader)), loss, recipe.flow_steps, run, recipe, preview)
     hook.remove()
@@ -119,23 +123,16 @@ def flow_inputs(start: Tensor, txt: Tensor, y: Tensor, guidance: float | None = 
     )
 
 
-@torch.no_grad()
-def sample_grid(
-    path: Path,
-    model: Flux,
-    text: TextEncoders,
-    autoencoder: AutoEncoder,
-    guidance: float | None = None,
-    true_cfg: float = 1.0,
-    steps: int = 20,
-    shift: bool = True,
-    number: int = 24,
-) -> None:
-    """A picture of what the model paints for the first held-out captions."""
+def sample_grid(path: Path, pipe: Pipeline, **options: Any) -> None:
+    """What a model paints for the first 24 held-out captions, as one PNG.
+
+    Args:
+        path: of the PNG.
+        pipe: the model.
+        **options: of the pipeline, such as ``true_cfg``.
+    """
     rng = np.random.default_rng(0)
-    prompts = [random_picture(rng, held_out=True, complete=True).caption for _ in range(number)]
-    start = noise(range(number), DEV.size, DEV.size)
-    positive, negative = (flow_inputs(start, *text(words), guidance) for words in (prompts, [""] * number))
-    times = schedule(steps, positive.img.shape[1], shift)
-    tokens = denoise(model, positive, times, negative, true_cfg, progress=False)
-    save_grid(path, autoencoder.decode(unpack(tokens, DEV.size, DEV.size)), 8)
+    prompts = [random_picture(rng, held_out=True, complete=True).caption for _ in range(24)]
+    pictures = cast(list[Image.Image], pipe(prompts, seed=range(24), progress=False, **options))
+    painted = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    save_grid(path, to_float(painted.permute(0, 3, 1, 2)), 8)

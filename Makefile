@@ -23,6 +23,8 @@ course: .venv/.installed
 		$(NBCONVERT) --execute --to notebook --output-dir $(COURSE) $$notebook && \
 		$(NBCONVERT) --to html --output-dir $(COURSE) $(COURSE)/$$(basename $$notebook) || exit 1; \
 	done
+	@sed -i.bak -e 's#\(href="[0-9][0-9]_[a-z_]*\)\.ipynb#\1.html#g' -e 's#href="\.\./#href="../../#g' $(COURSE)/*.html
+	@rm $(COURSE)/*.bak
 	@$(BIN)/fluxlab export
 	@echo; echo "The executed course:      $(COURSE)/, as notebooks and as HTML pages to open in a browser"
 	@echo "Pictures and diagrams:    exported/"

@@ -9,8 +9,15 @@ import typer
 
 import fluxlab as fl
 from fluxlab.inspect.onnx.export import GRAPHS
+from fluxlab.weights.files import replacing
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="FLUX.1, opened.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="FLUX.1, opened.",
+)
 
 
 def _fail(error: Exception) -> typer.Exit:
@@ -46,6 +53,8 @@ def generate(
 
     if not output.parent.is_dir():
         raise _fail(ValueError(f"--output {output}: there is no folder {output.parent}"))
+    if output.is_dir() or output.suffix.lower() not in Image.registered_extensions():
+        raise _fail(ValueError(f"--output is {str(output)!r}; give the name of a picture, such as picture.png"))
     try:
         start = Image.open(image) if image else None
         picture = fl.load(variant, source, device)(
@@ -60,10 +69,11 @@ def generate(
             negative_prompt=negative_prompt,
             true_cfg=true_cfg,
         )
+        assert isinstance(picture, Image.Image)
+        with replacing(output) as temporary:
+            picture.save(temporary)
     except (ValueError, OSError) as error:
         raise _fail(error) from error
-    assert isinstance(picture, Image.Image)
-    picture.save(output)
     typer.echo(f"{output}: {picture.width} x {picture.height} pixels")
 
 
@@ -85,7 +95,7 @@ def export(
 ) -> None:
     """Write ONNX graphs, maps, diagrams and grids of pictures: all of exported/, or one model's ONNX file."""
     if variant is not None:
-        target = output / f"{variant}-{part}.onnx" if output.is_dir() else output
+        target = output if output.suffix == ".onnx" else output / f"{variant}-{part}.onnx"
         try:
             fl.export_onnx(
                 variant,
@@ -185,7 +195,7 @@ def convert(
         if dtype is not None and dtype not in dtypes:
             raise ValueError(f"dtype is {dtype!r}; choose {', '.join(dtypes)}")
         chosen, kind = fl.variant(variant), dtypes.get(dtype or "")
-        if source is not None and Path(source).exists() and (part := part_of(source)):
+        if source is not None and Path(source).expanduser().exists() and (part := part_of(source)):
             config = chosen.transformer if part == "transformer" else autoencoder_config(chosen, source)
             convert_part(source, output, config, to, kind)  # type: ignore[arg-type]
         else:

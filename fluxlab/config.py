@@ -119,6 +119,7 @@ class Variant:
     transformer_file: str  # the single-file checkpoint of the transformer
     autoencoder_file: str  # the same for the VAE
     size: int = 1024  # the usual side of a picture, in pixels
+    pipeline: str = "FluxPipeline"  # diffusers' class that paints with it
 
     def __post_init__(self) -> None:
         if len(self.autoencoder.ch_mult) != 4:
@@ -209,18 +210,37 @@ VARIANTS: dict[str, Variant] = {
         ),
         _relative("flux-krea-dev", "black-forest-labs/FLUX.1-Krea-dev", "flux1-krea-dev.safetensors", guidance=4.5),
         _relative(
-            "flux-kontext-dev", "black-forest-labs/FLUX.1-Kontext-dev", "flux1-kontext-dev.safetensors", guidance=2.5
+            "flux-kontext-dev",
+            "black-forest-labs/FLUX.1-Kontext-dev",
+            "flux1-kontext-dev.safetensors",
+            guidance=2.5,
+            pipeline="FluxKontextPipeline",
         ),
         # 384 = 64 noisy latent + 64 latent of the masked picture + 256 mask (8x8 pixels of each latent cell, 2x2 cells)
         _relative(
-            "flux-fill-dev", "black-forest-labs/FLUX.1-Fill-dev", "flux1-fill-dev.safetensors", 384, guidance=30.0
+            "flux-fill-dev",
+            "black-forest-labs/FLUX.1-Fill-dev",
+            "flux1-fill-dev.safetensors",
+            384,
+            guidance=30.0,
+            pipeline="FluxFillPipeline",
         ),
         # 128 = 64 noisy latent + 64 latent of the edge or depth picture
         _relative(
-            "flux-canny-dev", "black-forest-labs/FLUX.1-Canny-dev", "flux1-canny-dev.safetensors", 128, guidance=30.0
+            "flux-canny-dev",
+            "black-forest-labs/FLUX.1-Canny-dev",
+            "flux1-canny-dev.safetensors",
+            128,
+            guidance=30.0,
+            pipeline="FluxControlPipeline",
         ),
         _relative(
-            "flux-depth-dev", "black-forest-labs/FLUX.1-Depth-dev", "flux1-depth-dev.safetensors", 128, guidance=10.0
+            "flux-depth-dev",
+            "black-forest-labs/FLUX.1-Depth-dev",
+            "flux1-depth-dev.safetensors",
+            128,
+            guidance=10.0,
+            pipeline="FluxControlPipeline",
         ),
         _TINY_DEV,
         _schnell(_TINY_DEV, name="flux-tiny-schnell", transformer_file="flux-tiny/flux-tiny-schnell.safetensors"),
@@ -236,5 +256,6 @@ def variant(name: str) -> Variant:
     """
     if name in VARIANTS:
         return VARIANTS[name]
-    near = difflib.get_close_matches(str(name), VARIANTS, n=3, cutoff=0.4) or list(VARIANTS)
-    raise ConfigError(f"unknown variant {name!r}; did you mean {' or '.join(near)}? All of them: {', '.join(VARIANTS)}")
+    near = difflib.get_close_matches(str(name), VARIANTS, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}? All of them" if near else "there are"
+    raise ConfigError(f"unknown variant {name!r}; {hint}: {', '.join(VARIANTS)}")

@@ -1,9 +1,11 @@
 """The one table of names: every weight, tensor and symbol of FLUX, what it is, its axes, and its chapter.
 
 Capture takes its names from here, and so do ``fl.explain``, the doc strings in the ONNX graphs and the chapters.
-A name may hold ``{i}`` for the number of a block, and ``{stream}`` for img or txt. Axes are the house's letters:
+A name may hold ``{i}`` for the number of a block, ``{stream}`` for img or txt, and ``{part}`` for weight or bias; with
+the stream go ``{word}`` in the meaning, image or text, and ``{S}`` in the axes, I or T. Axes are the house's letters:
 B batch, T text tokens, I image tokens, L = T + I, C hidden size, H heads, D head width, M hidden width of an MLP,
-V width of CLIP's vector, X width of T5's sequence, P channels of an image token, O those of the velocity, A RoPE axes.
+V width of CLIP's vector, X width of T5's sequence, P channels of an image token, O those of the velocity, A RoPE axes,
+E numbers of a time's sinusoid.
 """
 
 from __future__ import annotations
@@ -217,6 +219,18 @@ _TABLE = (
     _("H", "symbol", "", "Heads of attention: 24.", "07"),
     _("D", "symbol", "", "Features of one head: C / H = 128.", "07"),
     _("M", "symbol", "", "Hidden features of an MLP: 4 C = 12288.", "07"),
+    _("V", "symbol", "", "The width of CLIP's vector: 768.", "01"),
+    _("X", "symbol", "", "The width of T5's sequence: 4096.", "01"),
+    _(
+        "P",
+        "symbol",
+        "",
+        "Channels of an image token: 2x2 cells of 16 are 64; more where a second picture is shown.",
+        "02",
+    ),
+    _("O", "symbol", "", "Channels of a token's velocity: 64.", "09"),
+    _("A", "symbol", "", "Axes of RoPE: 3, which are index, row and column.", "05"),
+    _("E", "symbol", "", "Numbers of the sinusoid that a time or a guidance becomes: 256.", "04"),
     _("t", "symbol", "", "The time on the path: 1 is noise, 0 is the picture.", "03"),
     _("mu", "symbol", "", "How far the schedule is bent: linear in the image tokens.", "03"),
     _("theta", "symbol", "", "The base of RoPE's frequencies: 10000.", "05"),
@@ -236,7 +250,9 @@ AUTOENCODER = {
     r"(encoder|decoder)\.norm_out": "GroupNorm before the last convolution.",
     r"(encoder\.down|decoder\.up)\.\d+\.block\.\d+\.norm[12]": "GroupNorm of a residual block, before its convolution.",
     r"(encoder\.down|decoder\.up)\.\d+\.block\.\d+\.conv[12]": "Convolution of a residual block.",
-    r"(encoder\.down|decoder\.up)\.\d+\.block\.\d+\.nin_shortcut": "1x1 convolution past a block that widens.",
+    r"(encoder\.down|decoder\.up)\.\d+\.block\.\d+\.nin_shortcut": (
+        "1x1 convolution past a block that changes the number of features."
+    ),
     r"encoder\.down\.\d+\.downsample\.conv": "Strided convolution that halves the side.",
     r"decoder\.up\.\d+\.upsample\.conv": "Convolution after the side was doubled.",
     r"(encoder|decoder)\.mid\.block_[12]\.norm[12]": "GroupNorm of a residual block at the lowest resolution.",

@@ -25,6 +25,21 @@ SMALL = FluxConfig(
 SMALL_AUTOENCODER = AutoEncoderConfig(ch=32, ch_mult=(1, 2, 2), num_res_blocks=2, z_channels=4, norm_groups=16)
 
 
+def small_inputs(batch=1, dtype=torch.float32, seed=0, config=SMALL, **changes):
+    """Of twelve image tokens and five of text."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {
+        "img": torch.randn(batch, 12, config.in_channels, generator=generator, dtype=dtype),
+        "img_ids": fluxlab.image_ids(batch, 48, 64),
+        "txt": torch.randn(batch, 5, config.context_in_dim, generator=generator, dtype=dtype),
+        "txt_ids": fluxlab.text_ids(batch, 5),
+        "timesteps": torch.linspace(0.2, 0.9, batch),
+        "y": torch.randn(batch, config.vec_in_dim, generator=generator, dtype=dtype),
+        "guidance": torch.linspace(1, 6, batch) if config.guidance_embed else None,
+    }
+    return inputs | changes
+
+
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Random values in every parameter, the norms' too, so that none of them can be left out unseen."""
     generator = torch.Generator().manual_seed(seed)

@@ -30,7 +30,6 @@ def test_the_conda_environment_is_in_step_with_the_pins():
     assert "-e ." in text
     assert re.search(r"pytorch-cpu=(\S+)", text)[1] == PINS["torch"]
     assert f"python={PROJECT['requires-python'].removeprefix('>=')}" in text
-    assert "graphviz" in text
 
 
 def test_what_ci_runs_is_the_readmes_test_command():

@@ -176,7 +176,8 @@ def capture(
         limit: GiB that the tape may hold.
 
     Raises:
-        ValueError: a name picks nothing; heads or tokens that the model has not; a dtype that holds no fractions.
+        ValueError: a name picks nothing; heads or tokens that the model has not; a dtype that holds no fractions; a
+            tensor made outside the model's forward.
         MemoryError: the tape would grow above the limit.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -185,6 +186,11 @@ def capture(
 
     def keep(name: str, tensor: Tensor, nbytes: int | None = None) -> bool:
         """Whether this forward is wanted, and there is room."""
+        if tape.forwards == 0:
+            raise ValueError(
+                f"{name} was made outside the model's forward (as by encode or decode), so its forwards cannot be told "
+                f"apart; capture the part that is called, such as autoencoder.decoder"
+            )
         if forwards is not None and tape.forwards - 1 not in forwards:
             return False
         size = tensor.numel() * (dtype or tensor.dtype).itemsize if nbytes is None else nbytes

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from fluxlab.config import Variant, variant
-from fluxlab.pipeline.latents import COMPRESSION, PATCH, grid
+from fluxlab.pipeline.latents import COMPRESSION, PATCH, PIXELS, grid
 from fluxlab.weights.files import write_text
 
 _WIDTH, _HEIGHT = 1030, 1106
@@ -56,7 +56,7 @@ def model_map(
         name: of the variant whose sizes are written in.
         lit: a part, or several, to draw in colour: text_encoders, latents, embeddings, modulation, rope,
             double_blocks, single_blocks, last_layer, sampling, vae.
-        height: of the picture, in pixels; by default the variant's usual one.
+        height: of the picture, in pixels; by default the variant's usual one. A partial token counts whole.
         width: likewise.
 
     Raises:
@@ -99,9 +99,9 @@ def _boxes(chosen: Variant, height: int, width: int) -> list[_Box]:
         _Box("text_encoders", "01", "T5 encoder", f"{chosen.t5_length} × {c.context_in_dim}", _TEXT, 116),
         _Box("text_encoders", "01", "CLIP text", f"one vector of {c.vec_in_dim}", _VEC, 116),
         _Box("latents", "02", "pack", f"{tokens} × {c.in_channels}", _IMAGE, 116),
-        _Box("double_blocks", "07", "txt_in", f"{chosen.t5_length} × {c.hidden_size}", _TEXT, 244),
+        _Box("inputs", "01", "txt_in", f"{chosen.t5_length} × {c.hidden_size}", _TEXT, 244),
         _Box("embeddings", "04", "vec", guided, _VEC, 244),
-        _Box("double_blocks", "07", "img_in", f"{tokens} × {c.hidden_size}", _IMAGE, 244),
+        _Box("inputs", "02", "img_in", f"{tokens} × {c.hidden_size}", _IMAGE, 244),
         _Box("rope", "05", "RoPE", f"axes {' + '.join(map(str, c.axes_dim))}", _PLACE, 244),
         _Box("modulation", "06", "modulation", "each layer its own", _VEC, 348),
         _Box(
@@ -118,7 +118,7 @@ def _boxes(chosen: Variant, height: int, width: int) -> list[_Box]:
         _Box("sampling", "03, 11", "Euler step", f"t → t next, {chosen.num_steps} times", _IMAGE, 852),
         _Box("latents", "02", "unpack", latent, _IMAGE, 980),
         _Box("vae", "10", "VAE decoder", f"{COMPRESSION} × larger", _VEC, 980),
-        _Box("", "", "picture", f"3 × {height} × {width}", _TEXT, 980),
+        _Box("", "", "picture", f"3 × {PIXELS * rows} × {PIXELS * columns}", _TEXT, 980),
     ]
 
 

@@ -19,6 +19,6 @@ def check(answer: Any, right: Callable[[Any], bool], hint: str) -> None:
         return
     try:
         verdict = bool(right(answer))
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError):
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, ArithmeticError):
         verdict = False
     print("right" if verdict else f"not yet: {answer!r} is not it. {hint}")

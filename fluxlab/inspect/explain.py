@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-import sys
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -93,7 +93,8 @@ def source_line(name: str, model: nn.Module) -> str:
     rest = name[len(owner) :].lstrip(".")
     places = (type(ours[owner]), attention, capture._observer)
     point, attribute = re.escape(rest), re.escape(rest.split(".")[0])
-    for pattern in (rf'see\("{point}"', rf"self\.{attribute}\b[^=]* = ", rf'{point}"', rf"^ +{point}: ", r"see\(name"):
+    signature, seen = rf"^ +{point}: ", rf'see\("{point}"'
+    for pattern in (seen, rf"self\.{attribute}\b[^=]* = ", signature, rf'"{point}"', r"see\(name"):
         for place in places:
             if line := _line(place, pattern):
                 return line
@@ -102,10 +103,7 @@ def source_line(name: str, model: nn.Module) -> str:
 
 def _line(thing: Any, pattern: str) -> str:
     """The first line of a class or function that the pattern is found in."""
-    file = Path(sys.modules[thing.__module__].__file__ or "")
-    lines = file.read_text(encoding="utf-8").splitlines()
-    first = next(n for n, line in enumerate(lines) if re.match(rf"(class|def) {thing.__name__}\b", line))
-    end = next((n for n in range(first + 1, len(lines)) if re.match(r"(class|def|@)", lines[n])), len(lines))
-    found = (n for n in range(first, end) if re.search(pattern, lines[n]))
-    place = file.relative_to(Path(__file__).parents[2])
-    return next((f"{place.as_posix()}:{n + 1}  {lines[n].strip()}" for n in found), "")
+    lines, first = inspect.getsourcelines(thing)
+    place = Path(inspect.getsourcefile(inspect.unwrap(thing)) or "").relative_to(Path(__file__).parents[2])
+    found = (n for n, line in enumerate(lines) if re.search(pattern, line))
+    return next((f"{place.as_posix()}:{first + n}  {lines[n].strip()}" for n in found), "")

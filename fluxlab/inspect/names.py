@@ -24,13 +24,13 @@ def tensor_names(name: str, height: int | None = None, width: int | None = None,
 
     Args:
         name: of the variant.
-        height: of the picture, in pixels; by default the variant's usual one.
+        height: of the picture, in pixels; by default the variant's usual one. A partial token counts whole.
         width: likewise.
         batch: pictures at once.
 
     Raises:
         ConfigError: no such variant.
-        ValueError: a size is not a positive multiple of 16.
+        ValueError: a side is not positive.
     """
     chosen = variant(name)
     rows, columns = grid(*(chosen.size if side is None else side for side in (height, width)))

@@ -21,6 +21,7 @@ from fluxlab.inspect.capture import Tape
 from fluxlab.inspect.table import Table
 from fluxlab.model.embeddings import EMBEDDING_DIM, timestep_embedding
 from fluxlab.model.rope import rope
+from fluxlab.pipeline.latents import grid
 from fluxlab.pipeline.schedule import schedule as make_schedule
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def word_attention(
     columns = min(6, len(labels) + 1)
     rows = math.ceil((len(labels) + 1) / columns)
     made, panels = figure(rows, columns, (1.6 * columns, 1.8 * rows * height / width + 0.3))
-    maps = weights.detach().float().cpu().reshape(height // 16, width // 16, len(labels))
+    maps = weights.detach().float().cpu().reshape(*grid(height, width), len(labels))
     for i, axes in enumerate(panels):
         axes.axis("off")
         if i == 0:

@@ -49,8 +49,13 @@ def summary(
     if inputs is None:
         raise ValueError("inputs is None; give what the module is called with: FluxInputs, a dict or a tensor")
     given = inputs.kwargs() if isinstance(inputs, FluxInputs) else inputs
-    device = next(iter(model.parameters())).device
-    found = torchinfo.summary(model, input_data=given, device=device, depth=depth, verbose=0)
+    device = next((p.device for p in model.parameters()), None)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        found = torchinfo.summary(model, input_data=given, device=device, depth=depth, verbose=0)
+    finally:
+        for module, training in modes.items():
+            module.training = training
     paths = {id(module): name for name, module in model.named_modules()}
     rows = (
         {
@@ -138,18 +143,18 @@ def flops(
 
     Args:
         name: of the variant.
-        height: of the picture, in pixels; by default the variant's usual one.
+        height: of the picture, in pixels; by default the variant's usual one. A partial token counts whole.
         width: likewise.
         text_tokens: by default the variant's usual number.
         batch: pictures at once.
 
     Raises:
         ConfigError: no such variant.
-        ValueError: a size is not a positive multiple of 16.
+        ValueError: a side is not positive, or batch below 1.
     """
     chosen = variant(name)
     c = chosen.transformer
-    image, text = _tokens(chosen, height, width, text_tokens)
+    image, text = _tokens(chosen, height, width, text_tokens, batch)
     counts: dict[str, int] = {}
     for weight, entry in names(c, "weight").items():
         if len(shape := entry.shape(c)) == 2:
@@ -164,7 +169,9 @@ def flops(
     return Table([*rows, {"part": "all", "GFLOP": total / 1e9, "share": "100.00%"}], title=title)
 
 
-def _tokens(chosen: Variant, height: int | None, width: int | None, text: int | None) -> tuple[int, int]:
+def _tokens(chosen: Variant, height: int | None, width: int | None, text: int | None, batch: int) -> tuple[int, int]:
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; it must be at least 1")
     rows, columns = grid(*(chosen.size if side is None else side for side in (height, width)))
     return rows * columns, chosen.t5_length if text is None else text
 
@@ -196,18 +203,18 @@ def memory(
 
     Args:
         name: of the variant.
-        height: of the picture, in pixels; by default the variant's usual one.
+        height: of the picture, in pixels; by default the variant's usual one. A partial token counts whole.
         width: likewise.
         text_tokens: by default the variant's usual number.
         batch: pictures at once.
 
     Raises:
         ConfigError: no such variant.
-        ValueError: a size is not a positive multiple of 16.
+        ValueError: a side is not positive, or batch below 1.
     """
     chosen = variant(name)
     c = chosen.transformer
-    image, text = _tokens(chosen, height, width, text_tokens)
+    image, text = _tokens(chosen, height, width, text_tokens, batch)
     tokens, wide, hidden = batch * (image + text), c.hidden_size, c.mlp_hidden_dim
     numbers = {f"weights: {part}": number for part, number in _weights(chosen)}
     numbers |= {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from numbers import Integral
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -67,7 +68,8 @@ class Pipeline:
             negative_prompt: what ``true_cfg`` leads away from; by default the empty prompt.
             true_cfg: above 1, classifier-free guidance with a second forward a step, beside the distilled guidance.
             image: a picture to start from instead of noise alone; it is resized to height and width.
-            strength: in (0, 1], how much of ``image`` becomes noise, 0.7 by default; 1 leaves nothing of it.
+            strength: in (0, 1], how much of ``image`` becomes noise, 0.7 by default; 1 leaves nothing of it. It is
+                counted in whole steps, ``int(num_steps * (1 - strength))`` of which are left out.
             callback: called with every ``Step``.
             return_steps: whether to return ``(pictures, steps)``.
             progress: whether to draw a bar.
@@ -83,7 +85,7 @@ class Pipeline:
         height, width = self._size(height, width, image)
         rows, columns = grid(height, width)
         times = schedule(num_steps, rows * columns, shift=self.variant.time_shift)
-        _check_options(image, strength, true_cfg, negative_prompt)
+        start = _check_options(num_steps, guidance, image, strength, true_cfg, negative_prompt)
 
         inputs = self.prepare(prompts, seeds, height, width, guidance)
         negative = None
@@ -94,8 +96,7 @@ class Pipeline:
             )
 
         if image is not None:
-            strength = 0.7 if strength is None else strength
-            times = times[min(num_steps - 1, int(num_steps - num_steps * strength)) :]
+            times = times[start:]
             latent = pack(self.autoencoder.encode(self._pixels(image, height, width)))
             inputs.img = torch.lerp(latent.to(inputs.img), inputs.img, times[0])
 
@@ -168,6 +169,10 @@ class Pipeline:
 
     def _size(self, height: int | None, width: int | None, image: Image.Image | None) -> tuple[int, int]:
         usual = (self.variant.size, self.variant.size)
+        if image is not None and not isinstance(image, Image.Image):
+            raise ValueError(f"image is a {type(image).__name__}; give a PIL image: Image.open(path), or fromarray")
+        if image is not None and image.mode.startswith(("I", "F")):
+            raise ValueError(f"image has mode {image.mode!r}, more than 8 bits a channel; bring it to 8 bits first")
         if image is not None:
             usual = (max(PIXELS, image.height // PIXELS * PIXELS), max(PIXELS, image.width // PIXELS * PIXELS))
         size = (usual[0] if height is None else height, usual[1] if width is None else width)
@@ -184,9 +189,13 @@ class Pipeline:
 def _batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:
     """As many prompts as seeds."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    seeds = [int(each) for each in ([seed] if isinstance(seed, Integral) else cast("Sequence[int]", seed))]
-    for name, given in (("prompt", prompts), ("seed", seeds)):
-        if not given:
+    given: list[Any] = [seed] if isinstance(seed, Integral) else list(cast("Sequence[int]", seed))
+    for each in given:
+        if not (isinstance(each, Integral) and -(2**63) <= int(each) < 2**64):
+            raise ValueError(f"seed is {each!r}; give a whole number of 64 bits, or one for each picture")
+    seeds = [int(each) for each in given]
+    for name, those in (("prompt", prompts), ("seed", seeds)):
+        if not those:
             raise ValueError(f"{name} is an empty list; give at least one")
     if len(prompts) == 1:
         prompts *= len(seeds)
@@ -198,9 +207,16 @@ def _batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list
 
 
 def _check_options(
-    image: Image.Image | None, strength: float | None, true_cfg: float, negative_prompt: str | None
-) -> None:
-    """Options that are out of range, or that would have no effect."""
+    num_steps: int,
+    guidance: float | None,
+    image: Image.Image | None,
+    strength: float | None,
+    true_cfg: float,
+    negative_prompt: str | None,
+) -> int:
+    """Refuses what is out of range, or would have no effect; the first step that is taken."""
+    if guidance is not None and not isfinite(guidance):
+        raise ValueError(f"guidance is {guidance}; it must be a finite number, such as 3.5")
     if strength is not None and not 0 < strength <= 1:
         raise ValueError(f"strength is {strength}; it must be above 0 and at most 1, where nothing of image is left")
     if strength is not None and image is None:
@@ -209,6 +225,18 @@ def _check_options(
         raise ValueError(f"true_cfg is {true_cfg}; it must be at least 1, where it is off")
     if negative_prompt is not None and true_cfg == 1:
         raise ValueError("negative_prompt has no effect while true_cfg is 1; give a true_cfg above 1, such as 3")
+    if negative_prompt is not None and not isinstance(negative_prompt, str):
+        raise ValueError(f"negative_prompt is {negative_prompt!r}; give one string, which serves every picture")
+    if image is None:
+        return 0
+    strength = 0.7 if strength is None else strength
+    start = min(num_steps - 1, int(num_steps - num_steps * strength))
+    if start == 0 and strength < 1:
+        raise ValueError(
+            f"strength is {strength}, and {num_steps} steps take all of that from noise: nothing of image would be "
+            f"left; give more steps, a smaller strength, or 1 if that is meant"
+        )
+    return start
 
 
 def load(
@@ -227,7 +255,7 @@ def load(
 
     Raises:
         ConfigError: no such variant.
-        ValueError: no such device here.
+        ValueError: no such device here, or no floating dtype.
         WeightsError: files are missing, or hold another model.
     """
     chosen = variant(name)
@@ -235,6 +263,8 @@ def load(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device is {str(device)!r}, which cannot be used here ({error})") from error
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}; give a floating dtype of torch, such as torch.bfloat16")
     files = find_files(chosen, source)
     dtype = dtype or (torch.float32 if chosen.embedded else torch.bfloat16)
     with torch.device("meta"):

@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor
+
+from fluxlab.weights.files import WeightsError, listed
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
@@ -59,13 +62,14 @@ class TextEncoders:
 
         Raises:
             OSError: neither a folder nor a hub name that can be reached.
+            WeightsError: the weights are not whole, or not those of such an encoder.
         """
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
         with _no_progress_bar():
-            t5_model: Any = T5EncoderModel.from_pretrained(str(t5), **options)
-            clip_model: Any = CLIPTextModel.from_pretrained(str(clip), **options)
+            t5_model = _strictly(T5EncoderModel, t5, options)
+            clip_model = _strictly(CLIPTextModel, clip, options)
         return cls(
             t5=t5_model.to(device).eval().requires_grad_(False),
             t5_tokenizer=T5Tokenizer.from_pretrained(str(t5_tokenizer or t5)),
@@ -98,6 +102,17 @@ class TextEncoders:
     ) -> tuple[Float[Tensor, "batch text_tokens context_dim"], Float[Tensor, "batch vec_dim"]]:
         """``txt`` and ``y`` of each prompt."""
         return self.encode(*self.tokenize(prompts))
+
+
+def _strictly(encoder: Any, source: str | Path, options: dict[str, Any]) -> Any:
+    """What transformers loads, unless it would make up weights that the files do not have."""
+    try:
+        model, found = encoder.from_pretrained(str(source), output_loading_info=True, **options)
+    except (SafetensorError, RuntimeError) as error:
+        raise WeightsError(f"{source}: no {encoder.__name__} can be read from it ({error})") from error
+    if missing := sorted(found["missing_keys"]):
+        raise WeightsError(f"{source}: not a whole {encoder.__name__}: {len(missing)} missing: {listed(missing)}")
+    return model
 
 
 @contextmanager

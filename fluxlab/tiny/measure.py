@@ -122,13 +122,13 @@ def report(pictures: Iterable[tuple[NDArray[np.uint8], Scene]]) -> dict[str, flo
 # A whole model
 # ---------------------------------------------------------------------------------------------------------------------
 
-SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
-    "flux-tiny-dev": (
+SETTINGS: dict[bool, tuple[dict[str, Any], ...]] = {  # of a model with a guidance embedder, and of one without
+    True: (
         *({"guidance": guidance} for guidance in (1.0, 2.0, 4.0, 6.0, 8.0)),
         *({"num_steps": steps} for steps in (1, 2, 4, 8, 50)),
         *({"height": height, "width": width} for height, width in ((128, 192), (192, 128), (256, 256))),
     ),
-    "flux-tiny-schnell": tuple({"num_steps": steps} for steps in (1, 2, 4, 8, 20)),
+    False: tuple({"num_steps": steps} for steps in (1, 2, 4, 8, 20)),
 }
 
 
@@ -155,7 +155,7 @@ def measure(pipe: Pipeline, number: int = 256, batch: int = 64, **options: Any) 
 def measure_all(pipe: Pipeline, number: int = 256) -> list[dict[str, Any]]:
     """One row for each of the ``SETTINGS`` of this model; what a row does not name is as usual."""
     rows = []
-    for options in tqdm(SETTINGS[pipe.variant.name], desc=f"measuring {pipe.variant.name}"):
+    for options in tqdm(SETTINGS[pipe.model.config.guidance_embed], desc=f"measuring {pipe.variant.name}"):
         found = measure(pipe, number, **options)
         rows.append({"variant": pipe.variant.name, **options, **{k: round(v, 4) for k, v in found.items()}})
     return rows

@@ -1,4 +1,6 @@
-"""How flux-tiny is made: one command, in stages, from a seed. Opened in chapter 16.
+"""How a flux-tiny is made: one command, in stages, from a seed. Opened in chapter 16.
+
+The one in data/ came of several runs, of which its card tells.
 
     tokenizers   from the picture world's captions
     autoencoder  pictures to latents and back; then its scale and shift are measured

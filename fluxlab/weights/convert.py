@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fluxlab.config import AutoEncoderConfig, Variant
-from fluxlab.weights.files import Checkpoint, Entry, WeightsError, replacing, stream_tensors, write_text
-from fluxlab.weights.find import find_files
+from fluxlab.weights.files import Checkpoint, Entry, WeightsError, read_json, replacing, stream_tensors, write_text
+from fluxlab.weights.find import Files, find_files
 from fluxlab.weights.layouts import Config, rules
 from fluxlab.weights.load import autoencoder_config, check_shapes, diffusers_shapes, official_shapes
 
@@ -37,7 +37,7 @@ def convert_part(
     Raises:
         WeightsError: the source is not this part in the other layout, or the output exists.
     """
-    output = Path(output)
+    output = Path(output).expanduser()
     _check_free(output)
     checkpoint = Checkpoint(source)
     check_shapes(checkpoint, diffusers_shapes(config) if to == "official" else official_shapes(config))
@@ -47,7 +47,7 @@ def convert_part(
             write_text(json.dumps(diffusers_config(config), indent=2) + "\n", temporary / "config.json")
         file = temporary / _SHARD if to == "diffusers" else temporary
         shapes = diffusers_shapes(config) if to == "diffusers" else official_shapes(config)
-        kept = {name: entry.dtype for name, entry in _source_entries(checkpoint, config, to)}
+        kept = {name: entry.dtype for name, entry in _source_entries(checkpoint, config, to, dtype)}
         stream_tensors(
             {name: Entry(shapes[name], dtype or kept[name]) for name in kept},
             _converted(checkpoint, config, to, dtype),
@@ -56,8 +56,7 @@ def convert_part(
         )
         written = Checkpoint(file)
         for name, tensor in _converted(checkpoint, config, to, dtype):
-            if not torch.equal(written[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)):
-                raise WeightsError(f"{output}: {name} was not written as it is; is the disk sound?")
+            _check_written(written[name], tensor, name, output)
 
 
 def convert(
@@ -81,19 +80,20 @@ def convert(
     Raises:
         WeightsError: a part is missing or not this variant's, or the output exists.
     """
-    output = Path(output)
+    output = Path(output).expanduser()
     _check_free(output)
     if to == "diffusers":
         files = find_files(variant, source)
-        parts: dict[str, Path] = vars(files)
     else:
         if source is None:
             raise WeightsError("source is missing; give the diffusers folder to convert")
         names = ("transformer", "vae", "text_encoder_2", "tokenizer_2", "text_encoder", "tokenizer")
         kinds = ("transformer", "autoencoder", "t5", "t5_tokenizer", "clip", "clip_tokenizer")
-        parts = {kind: Path(source) / name for kind, name in zip(kinds, names, strict=True)}
-        if missing := [str(path) for path in parts.values() if not path.is_dir()]:
+        files = Files(**{kind: Path(source).expanduser() / name for kind, name in zip(kinds, names, strict=True)})
+        if missing := [str(path) for path in vars(files).values() if not path.is_dir()]:
             raise WeightsError(f"not found: {', '.join(missing)}; source must be a whole diffusers pipeline")
+        files.check(variant)
+    parts: dict[str, Path] = vars(files)
     with replacing(output) as temporary:
         temporary.mkdir()
         places = {"diffusers": ("transformer", "vae"), "official": (variant.transformer_file, variant.autoencoder_file)}
@@ -110,12 +110,15 @@ def convert(
             (temporary / "scheduler").mkdir()
             text = json.dumps(scheduler_config(variant), indent=2) + "\n"
             write_text(text, temporary / "scheduler/scheduler_config.json")
-            write_text(json.dumps(_PIPELINE, indent=2) + "\n", temporary / "model_index.json")
+            index = {"_class_name": variant.pipeline} | _PIPELINE
+            write_text(json.dumps(index, indent=2) + "\n", temporary / "model_index.json")
 
 
 def part_of(source: str | Path) -> Literal["transformer", "autoencoder"] | None:
     """Which part a file or a folder of shards holds; None for a folder that holds a whole model, or nothing."""
-    source = Path(source)
+    source = Path(source).expanduser()
+    if any((source / name).is_dir() for name in ("transformer", "vae", "text_encoder", "text_encoder_2")):
+        return None
     if source.is_dir() and (len(list(source.glob("*.safetensors"))) != 1) and not list(source.glob("*.index.json")):
         return None
     return "autoencoder" if "encoder.conv_in.weight" in Checkpoint(source).entries else "transformer"
@@ -135,13 +138,21 @@ def _check_free(output: Path) -> None:
         raise WeightsError(f"{output}: there is no folder {output.parent}; make it first")
 
 
-def _source_entries(checkpoint: Checkpoint, config: Config, to: Layout) -> Iterator[tuple[str, Entry]]:
+def _source_entries(
+    checkpoint: Checkpoint, config: Config, to: Layout, dtype: torch.dtype | None
+) -> Iterator[tuple[str, Entry]]:
     """Each output tensor's name, and the entry of the source tensor that it comes from."""
     for rule in rules(config):
         if to == "diffusers":
             yield from ((name, checkpoint.entries[rule.official]) for name in rule.diffusers)
         else:
-            yield rule.official, checkpoint.entries[rule.diffusers[0]]
+            entries = [checkpoint.entries[name] for name in rule.diffusers]
+            if dtype is None and len({entry.dtype for entry in entries}) > 1:
+                said = ", ".join(f"{n} ({e.dtype})" for n, e in zip(rule.diffusers, entries, strict=True))
+                raise WeightsError(
+                    f"{checkpoint.path}: {said} become one tensor, {rule.official}; give a dtype for all"
+                )
+            yield rule.official, entries[0]
 
 
 def _converted(
@@ -153,13 +164,27 @@ def _converted(
         else:
             parts = {rule.official: rule.join({name: checkpoint[name] for name in rule.diffusers})}
         for name, tensor in parts.items():
-            yield name, tensor.to(dtype or tensor.dtype).contiguous()
+            yield name, _cast(tensor, dtype or tensor.dtype, name)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Values that the dtype cannot hold are refused, not made infinite."""
+    cast = tensor.to(dtype).contiguous()
+    if dtype is torch.float16 and cast.isinf().sum() != tensor.isinf().sum():
+        raise WeightsError(f"dtype is {dtype}, which ends at 65504, and {name} has larger values; take bfloat16")
+    return cast
+
+
+def _check_written(written: Tensor, given: Tensor, name: str, output: Path) -> None:
+    """Byte by byte, so that a NaN is equal to itself."""
+    if not torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (written, given))):
+        raise WeightsError(f"{output}: {name} was not written as it is; is the disk sound?")
 
 
 def _copy_encoder(source: Path, output: Path, dtype: torch.dtype | None) -> None:
     """A text encoder's weights and config, from a folder that may hold its tokenizer too."""
     output.mkdir()
-    config = json.loads((source / "config.json").read_text())
+    config = read_json(source / "config.json")
     if dtype is not None:
         config["dtype"] = str(dtype).removeprefix("torch.")
     write_text(json.dumps(config, indent=2) + "\n", output / "config.json")
@@ -172,11 +197,10 @@ def _copy_encoder(source: Path, output: Path, dtype: torch.dtype | None) -> None
             name: Entry(shape, dtype if dtype is not None and kept.is_floating_point else kept)
             for name, (shape, kept) in shard.entries.items()
         }
-        stream_tensors(entries, ((n, shard[n].to(e.dtype)) for n, e in entries.items()), output / file.name)
+        stream_tensors(entries, ((n, _cast(shard[n], e.dtype, n)) for n, e in entries.items()), output / file.name)
     written = Checkpoint(output)
     for name, entry in written.entries.items():
-        if not torch.equal(written[name], whole[name].to(entry.dtype)):
-            raise WeightsError(f"{output}: {name} was not written as it is; is the disk sound?")
+        _check_written(written[name], whole[name].to(entry.dtype), name, output)
 
 
 def _copy_tokenizer(source: Path, output: Path) -> None:
@@ -246,7 +270,6 @@ def scheduler_config(variant: Variant) -> dict[str, Any]:
 
 
 _PIPELINE = {
-    "_class_name": "FluxPipeline",
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "text_encoder_2": ["transformers", "T5EncoderModel"],

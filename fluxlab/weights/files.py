@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 DTYPES = {  # safetensors' names
@@ -50,9 +49,9 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         """
         Raises:
-            WeightsError: no such path, or a file of it is not whole safetensors.
+            WeightsError: no such path, a file of it is not whole safetensors, or a name is in two files.
         """
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self._where: dict[str, safe_open] = {}
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, str] = {}
@@ -60,6 +59,8 @@ class Checkpoint:
             self.metadata |= file.metadata() or {}
             for name in file.keys():  # noqa: SIM118 (a file handle, not a dict)
                 part = file.get_slice(name)
+                if name in self.entries:
+                    raise WeightsError(f"{self.path}: {name} is in two files; remove the one of another checkpoint")
                 if part.get_dtype() not in DTYPES:
                     raise WeightsError(f"{self.path}: {name} holds {part.get_dtype()}, which is not read here")
                 self._where[name] = file
@@ -92,10 +93,12 @@ def _open(path: Path) -> safe_open:
     try:
         with path.open("rb") as file:
             start = file.read(2)
-        if start == b"PK" or start[:1] == b"\x80":
-            raise WeightsError(f"{path}: this is a pickle, which can run code and is never read; give safetensors")
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:
+        if start == b"PK" or start[:1] == b"\x80":  # a safetensors file can begin so too, by its header's length
+            raise WeightsError(
+                f"{path}: this is a pickle, which can run code and is never read; give safetensors"
+            ) from error
         raise WeightsError(f"{path}: not a whole safetensors file ({error}); fetch or write it again") from error
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error}); look at its permissions") from error
@@ -142,9 +145,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Map
     """
     if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise WeightsError(f"{empty[0]} is on the meta device and has no values to write")
-    with replacing(path) as temporary:
-        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, dict(metadata) if metadata else None)
+    entries = {name: Entry(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    stream_tensors(entries, ((name, tensor.detach().cpu()) for name, tensor in tensors.items()), path, metadata)
 
 
 def stream_tensors(
@@ -179,6 +181,21 @@ def stream_tensors(
             if (given, tuple(tensor.shape), tensor.dtype) != (name, *entry):
                 raise WeightsError(f"{given} is {tuple(tensor.shape)} {tensor.dtype}, where {name} {entry} was to come")
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        WeightsError: there is no such file, or it holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: cannot be read as JSON ({error}); fetch or write it again") from error
+    if not isinstance(found, dict):
+        raise WeightsError(f"{path}: holds a {type(found).__name__}, where a JSON object was expected")
+    return found
 
 
 def write_text(text: str, path: str | Path) -> None:

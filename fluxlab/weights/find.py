@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fluxlab.config import Variant
-from fluxlab.weights.files import WeightsError
+from fluxlab.weights.files import WeightsError, read_json
+
+_T5_TOKENIZER = ("spiece.model", "tokenizer.json")
+_CLIP_TOKENIZER = ("tokenizer.json", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,31 @@ class Files:
     clip: Path
     clip_tokenizer: Path
 
-    def check(self) -> None:
+    def check(self, variant: Variant) -> None:
         """
         Raises:
-            WeightsError: a part is not there; the message lists all that are missing.
+            WeightsError: a part is not there, the message lists all that are missing; or a text encoder is not as
+                wide as the transformer takes it.
         """
         if missing := [f"{part} ({path})" for part, path in vars(self).items() if not path.exists()]:
-            raise WeightsError(f"not found: {', '.join(missing)}; give the folder that holds the model's files")
+            folder = self.transformer.parent
+            hint = "give the folder that holds the model's files"
+            if (folder / "transformer").is_dir():
+                hint = f"{folder} is in diffusers' layout, which `fluxlab convert --to official` brings to this one"
+            raise WeightsError(f"not found: {', '.join(missing)}; {hint}")
+        for folder, names in ((self.t5_tokenizer, _T5_TOKENIZER), (self.clip_tokenizer, _CLIP_TOKENIZER)):
+            if not any((folder / name).is_file() for name in names):
+                raise WeightsError(f"{folder}: has none of {', '.join(names)}; fetch the tokenizer's files again")
+        config = variant.transformer
+        for folder, key, width in (
+            (self.t5, "d_model", config.context_in_dim),
+            (self.clip, "hidden_size", config.vec_in_dim),
+        ):
+            if (found := read_json(folder / "config.json").get(key)) != width:
+                raise WeightsError(
+                    f"{folder}: {key} is {found} in its config.json, and {variant.name} takes {width}; is it another "
+                    f"encoder's folder?"
+                )
 
 
 def data_folder() -> Path:
@@ -81,15 +102,24 @@ def find_files(variant: Variant, source: str | Path | None = None) -> Files:
             clip=folder / "text_encoder",
             clip_tokenizer=folder / "tokenizer",
         )
-    files.check()
+    files.check(variant)
     return files
 
 
 def _download(source: str, variant: Variant) -> Path:
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise WeightsError(f"source is {source!r}, which is neither a folder that exists nor a hub name (owner/name)")
+    here = Path(source)
+    if here.exists() or here.suffix == ".safetensors" or here.parent.is_dir():
+        what = "a file" if here.exists() else "not there"
+        raise WeightsError(f"source is {source!r}, which is {what}; give the folder that holds all parts of the model")
     from huggingface_hub import snapshot_download
 
     parts = ["text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*"]
     patterns = [variant.transformer_file, variant.autoencoder_file, *parts]
-    return Path(snapshot_download(source, allow_patterns=patterns))
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"source is {source!r}: there is no such folder, and from the hub it cannot be fetched ({error})"
+        ) from error

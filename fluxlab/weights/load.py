@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -15,11 +14,12 @@ from torch import nn
 from fluxlab.config import VARIANTS, AutoEncoderConfig, FluxConfig, Variant
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
-from fluxlab.weights.files import Checkpoint, WeightsError, describe_difference, listed
+from fluxlab.weights.files import Checkpoint, WeightsError, describe_difference, listed, read_json
 from fluxlab.weights.layouts import Config, to_diffusers
 
 Module = TypeVar("Module", bound=nn.Module)
 Shapes = Mapping[str, tuple[int, ...]]
+_WHOLE = "model.diffusion_model."  # what other programs put before a transformer's names
 
 
 def load_weights(
@@ -52,16 +52,14 @@ def autoencoder_config(variant: Variant, path: str | Path) -> AutoEncoderConfig:
 
     They stand in the metadata of the files that fluxlab writes, and in the ``config.json`` of diffusers' folders.
     """
-    config, folder = variant.autoencoder, Path(path)
-    metadata: dict[str, Any] = dict(Checkpoint(path).metadata)
-    if (folder / "config.json").is_file():
-        metadata = json.loads((folder / "config.json").read_text())
-        metadata["scale_factor"] = metadata.get("scaling_factor", config.scale_factor)
-    return replace(
-        config,
-        scale_factor=float(metadata.get("scale_factor", config.scale_factor)),
-        shift_factor=float(metadata.get("shift_factor", config.shift_factor)),
-    )
+    checkpoint = Checkpoint(path)
+    told: dict[str, Any] = dict(checkpoint.metadata)
+    beside = (checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent) / "config.json"
+    if beside.is_file() and (config := read_json(beside)).get("_class_name") == "AutoencoderKL":
+        told = {"shift_factor": config.get("shift_factor") or 0}  # null there is no shift
+        told |= {"scale_factor": config["scaling_factor"]} if "scaling_factor" in config else {}
+    factors = {name: float(told[name]) for name in ("scale_factor", "shift_factor") if name in told}
+    return replace(variant.autoencoder, **factors)  # type: ignore[arg-type]
 
 
 def check_shapes(checkpoint: Checkpoint, wanted: Shapes) -> None:
@@ -81,6 +79,8 @@ def check_shapes(checkpoint: Checkpoint, wanted: Shapes) -> None:
     if problems := [problem for problem in problems if problem]:
         looks = looks_like({name: entry.shape for name, entry in entries.items()})
         hint = f". It looks like {looks}" if looks else ""
+        if all(name.startswith(_WHOLE) for name in entries):
+            hint = f". All names begin with {_WHOLE!r}: save this part's tensors without that prefix"
         raise WeightsError(f"{checkpoint.path}: not what was expected: {'; '.join(problems)}{hint}")
 
 

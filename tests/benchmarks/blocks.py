@@ -2,8 +2,9 @@
 
 The floor is what no arrangement of this model can do without on this machine: its matrix products (with their
 biases) and its attention, alone. The three run in turn, so that a machine that slows down slows all of them. Times
-are medians; the figures that matter are ratios of one run. Run it on a quiet machine. The Makefile has the C library
-keep freed memory for the next run: else the pages of large tensors, fetched anew each time, drown all the rest.
+are medians, those outside the floor medians of the differences round by round; the figures that matter are ratios of
+one run. Run it on a quiet machine. The Makefile has the C library keep freed memory for the next run: else the pages
+of large tensors, fetched anew each time, drown all the rest.
 """
 
 from __future__ import annotations
@@ -103,24 +104,25 @@ def peak_memory(run: Run) -> float:
     return max(accumulate(changes, initial=0)) / 2**20
 
 
-def measure(kinds: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run, taken in turn after one warm-up."""
+def measure(kinds: dict[str, Run], seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of each run, taken in turn after one warm-up, at least 15 times each."""
     for run in kinds.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in kinds}
-    for _ in range(rounds):
+    end = time.perf_counter() + seconds
+    while len(times["floor"]) < 15 or time.perf_counter() < end:
         for name, run in kinds.items():
             start = time.perf_counter()
             run()
-            times[name].append(time.perf_counter() - start)
+            times[name].append((time.perf_counter() - start) * 1e3)
     return times
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15, help="timed runs of each")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--seconds", type=float, default=60, help="how long each row is timed, at least")
+    seconds = parser.parse_args().seconds
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(
         "\n                          median ms (spread of the middle half)            outside the floor     peak MiB\n"
@@ -129,23 +131,26 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for image, text in SIZES:
             for block, kinds in runs(dtype, image, text).items():
-                report(block, dtype, image, text, kinds, rounds)
+                report(block, dtype, image, text, kinds, seconds)
 
 
-def report(block, dtype, image, text, kinds, rounds) -> None:
+def report(block, dtype, image, text, kinds, seconds) -> None:
     ours, theirs = kinds["ours"](), kinds["diffusers"]()
     pairs = zip(*((out if isinstance(out, tuple) else (out,)) for out in (ours, theirs)), strict=True)
     error = max(((a - b).norm() / b.norm()).item() for a, b in pairs)
     assert error < (1e-5 if dtype is torch.float32 else 2e-2), f"the two differ by {error:.1e}: nothing to compare"
     del ours, theirs, pairs
     memory = {name: peak_memory(kinds[name]) for name in ("ours", "diffusers")}
-    times = measure(kinds, rounds)
-    median = {name: statistics.median(values) * 1e3 for name, values in times.items()}
+    times = measure(kinds, seconds)
+    median = {name: statistics.median(values) for name, values in times.items()}
     shown = []
     for name, values in times.items():
         low, _, high = statistics.quantiles(values, n=4)
-        shown.append(f"{median[name]:7.1f} (±{(high - low) * 500:4.1f})")
-    outside = {name: median[name] - median["floor"] for name in ("ours", "diffusers")}
+        shown.append(f"{median[name]:7.1f} (±{(high - low) / 2:4.1f})")
+    outside = {
+        name: statistics.median(a - b for a, b in zip(times[name], times["floor"], strict=True))
+        for name in ("ours", "diffusers")
+    }
     shares = [f"{100 * outside[name] / median[name]:4.1f} %" for name in ("ours", "diffusers")]
     peaks = [f"{m:6.0f}" for m in memory.values()]
     print(

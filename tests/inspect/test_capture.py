@@ -208,6 +208,12 @@ def test_any_module_can_be_watched():
     assert list(tape) == ["conv_in", "mid.attn_1", "conv_out"]
 
 
+def test_what_is_made_outside_the_forward_is_refused():
+    autoencoder = fl.AutoEncoder(SMALL_AUTOENCODER)
+    with pytest.raises(ValueError, match="capture the part that is called"), fl.capture(autoencoder, "decoder.conv_in"):
+        autoencoder.decode(torch.randn(1, 4, 4, 4))
+
+
 def test_the_table_flags_what_is_not_finite(model, inputs):
     def spoil(vec):
         return torch.full_like(vec, float("nan"))

@@ -100,6 +100,11 @@ def test_runs_that_cannot_be_compared_are_refused(a, b, said):
         fl.compare(a, b)
 
 
+def test_a_wrapped_model_is_not_taken_for_diffusers(model, inputs):
+    with pytest.raises(ValueError, match="no name in common"):
+        fl.compare(model, torch.optim.swa_utils.AveragedModel(model), inputs)
+
+
 def test_a_module_without_inputs_is_refused(model):
     with pytest.raises(ValueError, match="inputs is None"):
         fl.compare(model, model)

@@ -18,6 +18,10 @@ def test_the_map_is_valid_svg_with_the_variants_sizes(name):
     assert ("time + guidance + CLIP" in texts) == config.guidance_embed
 
 
+def test_a_partial_token_is_drawn_whole():
+    assert "3 × 112 × 112" in fl.model_map("flux-dev", height=100, width=100).svg
+
+
 def test_a_lit_part_is_drawn_otherwise_than_the_rest():
     plain, lit = (fl.model_map(lit=part).svg for part in (None, "rope"))
     assert plain.count("#d97706") == 0

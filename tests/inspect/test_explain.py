@@ -21,6 +21,17 @@ def test_every_tensor_and_weight_has_its_line_of_source():
         assert (ROOT / file).read_text().splitlines()[int(number) - 1].strip() == text
 
 
+def test_an_input_has_its_line_in_the_signature():
+    model = fl.build("flux-dev", device="meta")
+    for name in ("img_ids", "txt", "txt_ids", "timesteps", "y", "guidance"):
+        assert re.search(rf"  {name}: \w+\[Tensor", source_line(name, model))
+
+
+def test_every_letter_of_a_shape_is_explained():
+    symbols = {entry.name for entry in entries() if entry.kind == "symbol"}
+    assert set(re.findall("[A-Z]", " ".join(entry.axes for entry in entries()))) <= symbols
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -63,6 +74,7 @@ def test_every_weight_of_the_vae_is_explained():
     keys = fl.AutoEncoder(fl.VARIANTS["flux-tiny-dev"].autoencoder).state_dict()
     assert all(autoencoder_entry(key) for key in keys)
     assert explanation("encoder.*", "flux-tiny-dev").count("chapter 10") == sum(key.startswith("enc") for key in keys)
+    assert "changes the number of features" in explanation("decoder.up.0.block.0.nin_shortcut.weight")
     told = explanation("decoder.mid.attn_1.q.weight")
     assert "[512, 512, 1, 1] in the VAE of flux-dev" in told
     assert "autoencoder.py" in told

@@ -1,5 +1,6 @@
 """Memory of a call, against what can be counted by hand."""
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -11,6 +12,11 @@ from fluxlab.inspect.live import working_memory
 class Attend(nn.Module):
     def forward(self, x):
         return F.scaled_dot_product_attention(x, x, x)
+
+
+class AttendByKeyword(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(query=x, key=x, value=x)
 
 
 def meta(*shape, dtype=torch.float32):
@@ -29,8 +35,9 @@ def test_what_is_freed_is_taken_off_and_views_are_free():
     assert working_memory(net, meta(100, 10)) == 2 * 4 * 100 * 1000
 
 
-def test_attention_weights_are_never_whole():
-    assert working_memory(Attend(), meta(1, 2, 4096, 8)) == 4 * 2 * 4096 * 8
+@pytest.mark.parametrize("attend", [Attend, AttendByKeyword])
+def test_attention_weights_are_never_whole(attend):
+    assert working_memory(attend(), meta(1, 2, 4096, 8)) == 4 * 2 * 4096 * 8
 
 
 def test_blocks_in_a_row_need_no_more_than_one_of_each():

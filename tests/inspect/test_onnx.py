@@ -165,7 +165,7 @@ def test_the_transformer_computes_what_pytorch_does_at_any_size(files, tiny, siz
     assert relative(run(files / "transformer.onnx", **inputs)[0], theirs) < 1e-4
 
 
-@pytest.mark.parametrize(("opset", "flat"), [(17, False), (17, True), (23, True), (24, False)])
+@pytest.mark.parametrize(("opset", "flat"), [(17, False), (17, True), (18, False), (22, True), (23, True), (24, False)])
 @pytest.mark.parametrize("name", ["flux-tiny-dev", "flux-tiny-schnell"])
 def test_every_way_to_write_it_computes_the_same(tmp_path, name, opset, flat):
     model = randomise(fl.build(name))
@@ -220,6 +220,16 @@ def test_the_text_encoders_compute_what_pytorch_does(files, tiny):
     assert relative(run(files / "clip.onnx", ids=clip_ids)[0], y) < 1e-4
     shorter, _ = tiny.text.encode(t5_ids[:, :12], clip_ids)
     assert relative(run(files / "t5.onnx", ids=t5_ids[:, :12])[0], shorter) < 1e-4
+
+
+def test_a_large_text_encoder_keeps_its_weights_beside_it(tmp_path, tiny, monkeypatch):
+    from torch.onnx._internal.exporter import _onnx_program
+
+    monkeypatch.setattr(_onnx_program, "_LARGE_MODEL_THRESHOLD", 0)
+    fl.export_onnx("flux-tiny-dev", tmp_path / "clip.onnx", "clip", weights=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"clip.onnx", "clip.onnx.data"}
+    t5_ids, clip_ids = tiny.text.tokenize(["a red circle"])
+    assert relative(run(tmp_path / "clip.onnx", ids=clip_ids)[0], tiny.text.encode(t5_ids, clip_ids)[1]) < 1e-4
 
 
 def test_from_prompt_to_picture_on_onnxruntime_and_numpy(files, tiny):

@@ -48,6 +48,10 @@ def test_every_picture_is_drawn_and_none_is_left_open(tape):
     assert plt.get_fignums() == []
 
 
+def test_word_attention_takes_a_size_that_leaves_a_partial_token():
+    fl.plots.word_attention(torch.rand(49, 1), ["red"], 100, 100, Image.new("RGB", (100, 100)))
+
+
 def test_signed_values_are_centred_on_zero():
     figure = fl.plots.tensor_map(torch.tensor([[-1.0, 3.0], [0.5, 0.0]]))
     low, high = figure.axes[0].images[0].get_clim()

@@ -79,6 +79,13 @@ def test_the_published_cost_at_1024():
     assert attention / 1e3 == pytest.approx(14.9, abs=0.05)
 
 
+@pytest.mark.parametrize("count", [fl.flops, fl.memory])
+def test_a_partial_token_counts_whole_and_a_batch_of_none_is_refused(count):
+    assert repr(count("flux-tiny-dev", 100, 100)) == repr(count("flux-tiny-dev", 112, 112))
+    with pytest.raises(ValueError, match="batch is -1"):
+        count("flux-tiny-dev", batch=-1)
+
+
 @pytest.mark.parametrize("name", ["flux-dev", "flux-tiny-schnell"])
 def test_memory_counts_what_is_there(name):
     table = fl.memory(name)
@@ -116,6 +123,13 @@ def test_a_summary_of_any_module():
     assert value(table, "conv_in", "output") == (1, 64, 4, 4)
     with pytest.raises(ValueError, match="inputs is None"):
         fl.summary(torch.nn.Linear(2, 2))
+
+
+def test_a_summary_leaves_the_modes_as_they_were_and_needs_no_parameters():
+    net = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.ReLU())
+    net[0].eval()
+    assert len(fl.summary(net, torch.zeros(1, 2, device="meta"))) == 3
+    assert [module.training for module in net.modules()] == [True, False, True]
 
 
 def test_a_table_is_rows_for_pandas_and_text_for_readers():

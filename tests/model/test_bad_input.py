@@ -4,27 +4,23 @@ import pytest
 import torch
 
 import fluxlab as fl
-from tests.conftest import SMALL
-from tests.model.test_parts import small_inputs
+from tests.conftest import SMALL, small_inputs
 
 CASES = {
-    "a wrong channel count": ({"img": torch.zeros(1, 4, 60)}, r"img has shape \(1, 4, 60\); .* takes \(1, 4, 64\)"),
+    "a wrong channel count": ({"img": torch.zeros(1, 12, 60)}, r"img has shape \(1, 12, 60\); .* takes \(1, 12, 64\)"),
     "a missing token axis": ({"img": torch.zeros(1, 64)}, r"img has shape \(1, 64\)"),
-    "ids with a wrong last axis": ({"img_ids": torch.zeros(1, 4, 2)}, r"img_ids has shape \(1, 4, 2\).*\(1, 4, 3\)"),
-    "ids of a wrong length": ({"img_ids": torch.zeros(1, 5, 3)}, r"img_ids has shape \(1, 5, 3\).*\(1, 4, 3\)"),
+    "ids with a wrong last axis": ({"img_ids": torch.zeros(1, 12, 2)}, r"img_ids has shape \(1, 12, 2\).*\(1, 12, 3\)"),
+    "ids of a wrong length": ({"img_ids": torch.zeros(1, 5, 3)}, r"img_ids has shape \(1, 5, 3\).*\(1, 12, 3\)"),
     "text ids of a wrong length": ({"txt_ids": torch.zeros(1, 2, 3)}, r"txt_ids has shape \(1, 2, 3\)"),
-    "ids without a batch axis": ({"img_ids": torch.zeros(4, 3)}, r"img_ids has shape \(4, 3\)"),
-    "text of another width": ({"txt": torch.zeros(1, 3, 41)}, r"txt has shape \(1, 3, 41\).*\(1, 3, 40\)"),
+    "ids without a batch axis": ({"img_ids": torch.zeros(12, 3)}, r"img_ids has shape \(12, 3\)"),
+    "text of another width": ({"txt": torch.zeros(1, 5, 41)}, r"txt has shape \(1, 5, 41\).*\(1, 5, 40\)"),
     "a pooled vector of another width": ({"y": torch.zeros(1, 25)}, r"y has shape \(1, 25\).*\(1, 24\)"),
     "another batch": ({"y": torch.zeros(2, 24)}, r"y has shape \(2, 24\).*\(1, 24\)"),
     "a time that is a number": ({"timesteps": torch.tensor(0.5)}, r"timesteps has shape \(\).*\(1,\)"),
-    "mixed dtypes": ({"txt": torch.zeros(1, 3, 40).half()}, r"txt is torch.float16 and the weights are torch.float32"),
+    "mixed dtypes": ({"txt": torch.zeros(1, 5, 40).half()}, r"txt is torch.float16 and the weights are torch.float32"),
     "mixed devices": ({"y": torch.zeros(1, 24, device="meta")}, r"y is on meta and the weights on cpu; move one"),
     "nothing at all": ({"img": torch.tensor(1.0)}, r"img has shape \(\); .* takes \(0, 0, 64\)"),
-    "ids that are not exact": (
-        {"img_ids": torch.zeros(1, 4, 3).bfloat16()},
-        r"img_ids is torch.bfloat16, which is not",
-    ),
+    "ids that are not exact": ({"img_ids": torch.zeros(1, 12, 3).bfloat16()}, r"img_ids is torch.bfloat16, which is"),
     "missing guidance": ({"guidance": None}, r"guidance is None, but this model has a guidance embedder; give one"),
 }
 

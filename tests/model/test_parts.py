@@ -1,4 +1,4 @@
-"""Embedding, rotation and what the forward refuses."""
+"""Embedding, rotation, and what each size and input changes."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
 import fluxlab as fl
 from fluxlab.model.rope import EmbedND
-from tests.conftest import SMALL
+from tests.conftest import SMALL, randomise, small_inputs
 
 
 def test_the_timestep_embedding_has_the_published_values():
@@ -58,19 +58,6 @@ def test_the_rotation_is_computed_once_a_forward(monkeypatch):
     assert len(calls) == 1
 
 
-def small_inputs(**changes):
-    inputs = {
-        "img": torch.randn(1, 4, SMALL.in_channels),
-        "img_ids": fl.image_ids(1, 32, 32),
-        "txt": torch.randn(1, 3, SMALL.context_in_dim),
-        "txt_ids": fl.text_ids(1, 3),
-        "timesteps": torch.ones(1),
-        "y": torch.randn(1, SMALL.vec_in_dim),
-        "guidance": torch.ones(1),
-    }
-    return inputs | changes
-
-
 def test_guidance_given_where_it_has_no_use_is_refused():
     model = fl.Flux(replace(SMALL, guidance_embed=False))
     with pytest.raises(ValueError, match=r"no guidance embedder .* leave it out"):
@@ -79,7 +66,7 @@ def test_guidance_given_where_it_has_no_use_is_refused():
 
 def test_guidance_changes_the_prediction():
     model = fl.Flux(SMALL)
-    one, four = (model(**{**inputs, "guidance": torch.tensor([g])}) for inputs in [small_inputs()] for g in (1.0, 4.0))
+    one, four = (model(**small_inputs(guidance=torch.tensor([g]))) for g in (1.0, 4.0))
     assert not torch.equal(one, four)
 
 
@@ -105,8 +92,6 @@ def test_the_shapes_in_signatures_are_checked_in_these_tests():
 @pytest.mark.parametrize("changes", [{"theta": 100}, {"axes_dim": (8, 8, 16)}, {"num_heads": 4, "axes_dim": (4, 4, 8)}])
 def test_each_size_without_weights_of_its_own_changes_the_prediction(changes):
     """The same weights under another config; sizes that shape a weight are held by the counts."""
-    from tests.conftest import randomise
-
     model, inputs = randomise(fl.Flux(SMALL)), small_inputs()
     other = fl.Flux(replace(SMALL, **changes))
     weights = {n: t for n, t in model.state_dict().items() if t.shape == other.state_dict()[n].shape}

@@ -10,6 +10,7 @@ from fluxlab.tiny.measure import measure
 
 PROMPT = "a large blue square on a white background"
 FEW = {"num_steps": 3, "progress": False}
+GREEN = Image.new("RGB", (128, 128), "green")
 
 
 def pixels(picture):
@@ -62,7 +63,7 @@ def test_each_option_changes_the_picture(tiny, changes):
 
 def test_the_size_is_what_was_asked(tiny):
     assert tiny(PROMPT, height=96, width=160, **FEW).size == (160, 96)
-    assert tiny(PROMPT, image=Image.new("RGB", (150, 90)), **FEW).size == (144, 80)
+    assert tiny(PROMPT, image=Image.new("RGB", (150, 90)), strength=0.5, **FEW).size == (144, 80)
 
 
 def test_a_weak_strength_keeps_the_image_and_full_strength_forgets_it(tiny):
@@ -119,6 +120,7 @@ def test_one_forward_a_step_and_two_with_true_cfg(tiny):
     assert (one, len(calls)) == (3, 6)
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -128,6 +130,15 @@ def test_one_forward_a_step_and_two_with_true_cfg(tiny):
         ({"strength": 0.0}, "strength is 0.0; it must be above 0"),
         ({"strength": 1.5}, "strength is 1.5; it must be above 0"),
         ({"strength": 0.5}, "strength is 0.5, but there is no image to start from"),
+        ({"image": GREEN, "num_steps": 3}, "strength is 0.7, and 3 steps take all of that from noise"),
+        ({"image": GREEN, "num_steps": 1, "strength": 0.3}, "give more steps, a smaller strength, or 1 if that"),
+        ({"image": "green.png"}, "image is a str; give a PIL image"),
+        ({"image": GREEN.convert("I")}, "image has mode 'I', more than 8 bits a channel"),
+        ({"guidance": float("nan")}, "guidance is nan; it must be a finite number"),
+        ({"negative_prompt": ["a ring"], "true_cfg": 2.0}, "give one string, which serves every picture"),
+        ({"seed": "12"}, "seed is '1'; give a whole number"),
+        ({"seed": [1.7]}, "seed is 1.7; give a whole number"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; give a whole number of 64 bits"),
         ({"true_cfg": 0.5}, "true_cfg is 0.5; it must be at least 1"),
         ({"negative_prompt": "a ring"}, "negative_prompt has no effect while true_cfg is 1"),
         ({"seed": []}, "seed is an empty list"),

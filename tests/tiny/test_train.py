@@ -75,7 +75,7 @@ def test_a_run_goes_on_from_an_earlier_flux_tiny(tmp_path):
         file.name for file in (folder / "clip").iterdir()
     }
     kept, given = Checkpoint(publish_to / "ae.safetensors"), Checkpoint(folder / "ae.safetensors")
-    assert kept.metadata == given.metadata
+    assert kept.metadata.items() >= given.metadata.items()
     assert all(torch.equal(kept[name], given[name]) for name in given.entries)
 
 
@@ -156,7 +156,7 @@ def test_the_truth_of_image_tokens_names_what_covers_each():
     nothing = ("nothing", "nothing")
     assert columns[2] == {nothing, ("red", "circle")}
     assert columns[5] == {nothing, ("pink", "star")}
-    assert columns[7] == {nothing} or columns[0] == {nothing}
+    assert columns[0] == {nothing}
 
 
 def test_answers_that_are_right_cost_nothing_and_unasked_questions_do_not_count():

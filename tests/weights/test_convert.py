@@ -1,18 +1,20 @@
 """Whole files and whole models, official to diffusers and back."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
 from typer.testing import CliRunner
 
 import fluxlab as fl
 from fluxlab.cli import app
 from fluxlab.weights.convert import convert, convert_part
 from fluxlab.weights.files import Checkpoint, write_tensors
+from fluxlab.weights.load import autoencoder_config
 from tests.conftest import SMALL, SMALL_AUTOENCODER, linux, peak_anonymous_memory, randomise
 
 TINY = fl.VARIANTS["flux-tiny-dev"]
@@ -262,3 +264,75 @@ def test_the_measured_scale_and_shift_go_along(pipeline_folder, tiny):
     config = json.loads((pipeline_folder / "vae/config.json").read_text())
     assert config["scaling_factor"] == tiny.autoencoder.config.scale_factor != 1
     assert config["shift_factor"] == tiny.autoencoder.config.shift_factor != 0
+
+
+def test_a_diffusers_vae_says_its_scale_and_shift_in_the_config_beside_it(pipeline_folder, tmp_path):
+    vae = shutil.copytree(pipeline_folder / "vae", tmp_path / "vae")
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5, "shift_factor": None}))
+    for path in (vae, vae / "diffusion_pytorch_model.safetensors"):
+        found = autoencoder_config(TINY, path)
+        assert (found.scale_factor, found.shift_factor) == (0.5, 0.0)  # null is no shift there
+
+
+@pytest.mark.parametrize("name", [name for name in fl.VARIANTS if "tiny" not in name])
+def test_a_folder_names_the_class_that_paints_with_it(name, tmp_path):
+    known = fl.VARIANTS[name]
+    small = replace(TINY.transformer, in_channels=known.transformer.in_channels)
+    chosen = replace(TINY, name=name, transformer=small, pipeline=known.pipeline, transformer_file="x.safetensors")
+    source = tmp_path / "official"
+    convert(TINY, tmp_path / "whole", "diffusers")
+    convert(TINY, source, "official", tmp_path / "whole")
+    write_tensors(fl.Flux(small).state_dict(), source / "x.safetensors")
+    convert(chosen, tmp_path / "out", "diffusers", source)
+    kinds = {"fill": "FluxFill", "canny": "FluxControl", "depth": "FluxControl", "kontext": "FluxKontext"}
+    kind = kinds.get(name.split("-")[1], "Flux")
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "out")).__name__ == f"{kind}Pipeline"
+
+
+def test_a_whole_model_that_lacks_its_vae_is_no_single_part(pipeline_folder, tmp_path):
+    convert(TINY, tmp_path / "official", "official", pipeline_folder)
+    (tmp_path / "official/ae.safetensors").unlink()
+    result = CliRunner().invoke(
+        app, ["convert", "flux-tiny-dev", str(tmp_path / "out"), "--source", str(tmp_path / "official")]
+    )
+    assert result.exit_code == 2
+    assert "not found: autoencoder" in result.output
+
+
+def test_a_diffusers_folder_where_an_official_one_is_read_is_explained(pipeline_folder):
+    with pytest.raises(fl.WeightsError, match="diffusers' layout, which `fluxlab convert --to official` brings"):
+        fl.load("flux-tiny-dev", pipeline_folder)
+
+
+def test_what_becomes_one_tensor_must_be_of_one_dtype(tmp_path):
+    config, module, _ = parts()["transformer"]
+    write_tensors(module.state_dict(), tmp_path / "x.safetensors")
+    convert_part(tmp_path / "x.safetensors", tmp_path / "out", config, "diffusers")
+    part = Checkpoint(tmp_path / "out")
+    mixed = {name: part[name].half() if name.endswith("0.attn.to_k.weight") else part[name] for name in part.entries}
+    write_tensors(mixed, tmp_path / "mixed.safetensors")
+    with pytest.raises(
+        fl.WeightsError, match=r"to_k.weight \(torch.float16\).* become one tensor, .*; give a dtype for all"
+    ):
+        convert_part(tmp_path / "mixed.safetensors", tmp_path / "again.safetensors", config, "official")
+    convert_part(tmp_path / "mixed.safetensors", tmp_path / "again.safetensors", config, "official", torch.float32)
+
+
+def test_nan_is_kept_and_what_a_dtype_cannot_hold_is_refused(tmp_path, pipeline_folder):
+    config, module, _ = parts()["transformer"]
+    weights = module.state_dict()
+    weights["img_in.weight"][0, 0] = float("nan")
+    write_tensors(weights, tmp_path / "nan.safetensors")
+    convert_part(tmp_path / "nan.safetensors", tmp_path / "out", config, "diffusers", torch.float16)
+    weights["img_in.weight"][0, 0] = 1e6
+    write_tensors(weights, tmp_path / "large.safetensors")
+    with pytest.raises(fl.WeightsError, match=r"dtype is torch.float16, which ends at 65504, and x_embedder.weight"):
+        convert_part(tmp_path / "large.safetensors", tmp_path / "half", config, "diffusers", torch.float16)
+
+    whole = shutil.copytree(pipeline_folder, tmp_path / "whole")
+    encoder = Checkpoint(whole / "text_encoder_2")
+    name = "encoder.block.0.layer.0.SelfAttention.k.weight"
+    spoilt = {each: encoder[each] for each in encoder.entries} | {name: encoder[name] * float("nan")}
+    write_tensors(spoilt, whole / "text_encoder_2/model.safetensors")
+    convert(TINY, tmp_path / "official", "official", whole)

@@ -29,7 +29,7 @@ def functions(c: AutoEncoderConfig, half: Literal["encoder", "decoder"], opset: 
         _group_norm(c, opset),
         _conv(opset),
         _residual(opset, "ResnetBlock", []),
-        _residual(opset, "WideningResnetBlock", _SHORTCUT),
+        _residual(opset, "ResnetBlockWithShortcut", _SHORTCUT),
         _attention(c, opset),
         *((_downsample(opset), scale) if half == "encoder" else (_upsample(opset), unscale)),
     ]
@@ -148,8 +148,8 @@ def autoencoder_graph(
         return b.call(kind, x, *(f"{half}.{path}.{w}" for w in weights), out=f"{half}.{path}")
 
     def residual(x: str, path: str) -> str:
-        wider = isinstance(module.get_submodule(path).nin_shortcut, torch.nn.Conv2d)
-        kind, extra = ("WideningResnetBlock", _SHORTCUT) if wider else ("ResnetBlock", [])
+        past = isinstance(module.get_submodule(path).nin_shortcut, torch.nn.Conv2d)
+        kind, extra = ("ResnetBlockWithShortcut", _SHORTCUT) if past else ("ResnetBlock", [])
         return call(kind, x, path, [*_RESIDUAL, *extra])
 
     def middle(x: str) -> str:

@@ -11,7 +11,7 @@ from onnx import FunctionProto, NodeProto, TensorProto, ValueInfoProto, helper
 from fluxlab.glossary import entries
 
 DOMAIN = "fluxlab"
-NEW, PLAIN = 23, 17  # the opset with norms, rotation and attention as operators, and the oldest that is written
+NEW = 23  # the opset with norms, rotation and attention as operators
 
 
 class Body:

@@ -52,7 +52,8 @@ def export_onnx(
     Each kind of block, and of part inside it, is one local function, called with its weights by their official names:
     the whole transformer of FLUX.1 is 70 nodes. Without weights the file has every name, dtype and shape, and
     says that the numbers are in a file beside it, ``{path}.weights``, which is not written; with weights it runs. Above
-    250 MB they are written to that file, a tensor at a time.
+    250 MB they are written to that file, a tensor at a time. The text encoders are written by PyTorch's exporter, above
+    1.5 GiB with their weights in ``{path}.data``.
 
     Args:
         name: of the variant.
@@ -194,6 +195,9 @@ def _write_text_encoder(
     assert program is not None
     with replacing(target) as temporary:
         program.save(str(temporary), external_data=False)
+        data = temporary.with_name(f"{target.name}.data")  # large weights are put there whatever is asked for
+        if data.exists():
+            data.replace(target.with_name(data.name))
 
 
 @contextmanager

@@ -55,7 +55,11 @@ def functions(c: FluxConfig, opset: int, dtype: int) -> list[FunctionProto]:
         if opset >= NEW:
             return b.function(b.op("RMSNormalization", "x", "scale", out="y", axis=-1, epsilon=1e-6))
         wide = b.op("Cast", "x", out="x_wide", to=TensorProto.FLOAT)
-        mean = b.op("ReduceMean", b.op("Mul", wide, wide, out="squares"), out="mean", axes=[-1], keepdims=1)
+        squares = b.op("Mul", wide, wide, out="squares")
+        if opset >= 18:  # the axes became an input
+            mean = b.op("ReduceMean", squares, b.whole("axes", -1), out="mean", keepdims=1)
+        else:
+            mean = b.op("ReduceMean", squares, out="mean", axes=[-1], keepdims=1)
         length = b.op("Sqrt", b.op("Add", mean, b.op("Constant", out="eps", value_float=1e-6), out="sum"), out="length")
         normed = b.op("CastLike", b.op("Div", wide, length, out="normed_wide"), "x", out="normed")
         return b.function(b.op("Mul", normed, "scale", out="y"))

@@ -54,7 +54,7 @@ def model_map(
 
     Args:
         name: of the variant whose sizes are written in.
-        lit: a part, or several, to draw in colour: text_encoders, latents, embeddings, modulation, rope,
+        lit: a part, or several, to draw in colour: text_encoders, latents, inputs, embeddings, modulation, rope,
             double_blocks, single_blocks, last_layer, sampling, vae.
         height: of the picture, in pixels; by default the variant's usual one. A partial token counts whole.
         width: likewise.

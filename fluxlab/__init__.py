@@ -10,10 +10,10 @@ from fluxlab.inspect.exercise import check
 from fluxlab.inspect.explain import explain
 from fluxlab.inspect.explore import explore
 from fluxlab.inspect.graph import graph
-from fluxlab.inspect.live import working_memory
 from fluxlab.inspect.names import tensor_names
 from fluxlab.inspect.onnx.export import export_onnx
 from fluxlab.inspect.tables import flops, memory, parameter_table, summary
+from fluxlab.inspect.working_memory import working_memory
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.embeddings import timestep_embedding
 from fluxlab.model.rope import apply_rope, rope

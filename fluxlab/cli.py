@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -31,20 +31,20 @@ def generate(
     output: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("picture.png"),
     variant: Annotated[str, typer.Option(help="Which model.")] = "flux-tiny-dev",
     source: Annotated[
-        Optional[str],  # noqa: UP045 (typer reads it)
+        str | None,
         typer.Option(help="For a full-size model: its folder on disk, or its hub repository (owner/name)."),
     ] = None,
-    steps: Annotated[Optional[int], typer.Option(help="Forwards of the model. [default: the variant's]")] = None,  # noqa: UP045
-    guidance: Annotated[Optional[float], typer.Option(help="Distilled guidance. [default: the variant's]")] = None,  # noqa: UP045
+    steps: Annotated[int | None, typer.Option(help="Forwards of the model. [default: the variant's]")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Distilled guidance. [default: the variant's]")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise: the same seed gives the same picture.")] = 0,
-    width: Annotated[Optional[int], typer.Option(help="In pixels, a multiple of 16.")] = None,  # noqa: UP045
-    height: Annotated[Optional[int], typer.Option(help="In pixels, a multiple of 16.")] = None,  # noqa: UP045
-    image: Annotated[Optional[Path], typer.Option(help="A picture to start from.")] = None,  # noqa: UP045
+    width: Annotated[int | None, typer.Option(help="In pixels, a multiple of 16.")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels, a multiple of 16.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
     strength: Annotated[
-        Optional[float],  # noqa: UP045
+        float | None,
         typer.Option(help="How much of --image becomes noise, above 0, at most 1. [default: 0.7]"),
     ] = None,
-    negative_prompt: Annotated[Optional[str], typer.Option(help="What --true-cfg leads away from.")] = None,  # noqa: UP045
+    negative_prompt: Annotated[str | None, typer.Option(help="What --true-cfg leads away from.")] = None,
     true_cfg: Annotated[float, typer.Option(help="Above 1: guidance by a second forward a step.")] = 1.0,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
 ) -> None:
@@ -80,7 +80,7 @@ def generate(
 @app.command()
 def export(
     variant: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Argument(help="Of which model to write an ONNX file. [default: make everything in exported/ again]"),
     ] = None,
     output: Annotated[Path, typer.Option(help="The folder for everything, or the one ONNX file.")] = Path("exported"),
@@ -88,7 +88,7 @@ def export(
         str, typer.Option(help="transformer, double_block, single_block, encoder, decoder, t5 or clip.")
     ] = "transformer",
     weights: Annotated[bool, typer.Option(help="Write the numbers too, so that the file runs.")] = False,
-    source: Annotated[Optional[str], typer.Option(help="Where a full-size model's weights are.")] = None,  # noqa: UP045
+    source: Annotated[str | None, typer.Option(help="Where a full-size model's weights are.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     opset: Annotated[int, typer.Option(help="17 to 24; below 23, norms and attention are spelled out.")] = 23,
     flat: Annotated[bool, typer.Option(help="Without functions, for tools that know none.")] = False,
@@ -149,8 +149,8 @@ def explain(
 def summary(
     variant: Annotated[str, typer.Option(help="Which model.")] = "flux-dev",
     depth: Annotated[int, typer.Option(help="Levels of modules to show.")] = 2,
-    height: Annotated[Optional[int], typer.Option(help="Of the picture, in pixels.")] = None,  # noqa: UP045
-    width: Annotated[Optional[int], typer.Option(help="Of the picture, in pixels.")] = None,  # noqa: UP045
+    height: Annotated[int | None, typer.Option(help="Of the picture, in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Of the picture, in pixels.")] = None,
 ) -> None:
     """Print a model's layers, and where its parameters, operations and gigabytes are."""
     try:
@@ -172,14 +172,14 @@ def convert(
     variant: Annotated[str, typer.Argument(help="Which model.")],
     output: Annotated[Path, typer.Argument(help="The folder, or for one part the file or folder, to make.")],
     source: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="A whole model's folder in the other layout; or one part, a transformer or an autoencoder: a file, or "
             "a diffusers folder of shards. Not needed for flux-tiny, to diffusers."
         ),
     ] = None,
     to: Annotated[str, typer.Option(help="The layout to write: diffusers or official.")] = "diffusers",
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16. [default: as it is]")] = None,  # noqa: UP045
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: as it is]")] = None,
 ) -> None:
     """Convert weights between the official layout and diffusers', and read them back to check."""
     import torch
@@ -208,8 +208,8 @@ def convert(
 @app.command()
 def train_tiny(
     run: Annotated[Path, typer.Option(help="Where the training keeps its state; run again, it goes on from there.")],
-    output: Annotated[Optional[Path], typer.Option(help="Where flux-tiny is written when done.")] = None,  # noqa: UP045
-    earlier: Annotated[Optional[Path], typer.Option(help="Folder of a flux-tiny to go on from.")] = None,  # noqa: UP045
+    output: Annotated[Path | None, typer.Option(help="Where flux-tiny is written when done.")] = None,
+    earlier: Annotated[Path | None, typer.Option(help="Folder of a flux-tiny to go on from.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     smoke: Annotated[bool, typer.Option(help="A few steps of every stage, to see that all of it works.")] = False,
 ) -> None:

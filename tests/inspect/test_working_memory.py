@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fluxlab as fl
-from fluxlab.inspect.live import working_memory
+from fluxlab.inspect.working_memory import working_memory
 
 
 class Attend(nn.Module):

@@ -53,7 +53,7 @@ def generate(
 
     if not output.parent.is_dir():
         raise _fail(ValueError(f"--output {output}: there is no folder {output.parent}"))
-    if output.is_dir() or output.suffix.lower() not in Image.registered_extensions():
+    if output.is_dir() or Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         raise _fail(ValueError(f"--output is {str(output)!r}; give the name of a picture, such as picture.png"))
     try:
         start = Image.open(image) if image else None

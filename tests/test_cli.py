@@ -38,6 +38,7 @@ def test_generate_starts_from_a_picture(tmp_path, tiny):
         (["--output", "nowhere/x.png"], "there is no folder nowhere"),
         (["--output", "picture"], "give the name of a picture, such as picture.png"),
         (["--output", "picture.xyz"], "give the name of a picture"),
+        (["--output", "picture.psd"], "give the name of a picture"),
         (["--output", "."], "give the name of a picture"),
         (["--image", "nowhere.png"], "nowhere.png"),
         (["--strength", "0.5"], "there is no image"),

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -189,7 +188,7 @@ class Pipeline:
 def _batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:
     """As many prompts as seeds."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    given: list[Any] = [seed] if isinstance(seed, Integral) else list(cast("Sequence[int]", seed))
+    given = np.asarray(seed, dtype=object).reshape(-1).tolist()  # of a tensor or an array too
     for each in given:
         if not (isinstance(each, Integral) and -(2**63) <= int(each) < 2**64):
             raise ValueError(f"seed is {each!r}; give a whole number of 64 bits, or one for each picture")
@@ -215,8 +214,8 @@ def _check_options(
     negative_prompt: str | None,
 ) -> int:
     """Refuses what is out of range, or would have no effect; the first step that is taken."""
-    if guidance is not None and not isfinite(guidance):
-        raise ValueError(f"guidance is {guidance}; it must be a finite number, such as 3.5")
+    if guidance is not None and not (isinstance(guidance, Real) and isfinite(guidance)):
+        raise ValueError(f"guidance is {guidance!r}; it must be a finite number, such as 3.5")
     if strength is not None and not 0 < strength <= 1:
         raise ValueError(f"strength is {strength}; it must be above 0 and at most 1, where nothing of image is left")
     if strength is not None and image is None:

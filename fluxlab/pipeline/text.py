@@ -72,10 +72,10 @@ class TextEncoders:
             clip_model = _strictly(CLIPTextModel, clip, options)
         return cls(
             t5=t5_model.to(device).eval().requires_grad_(False),
-            t5_tokenizer=T5Tokenizer.from_pretrained(str(t5_tokenizer or t5)),
+            t5_tokenizer=_tokenizer(T5Tokenizer, t5_tokenizer or t5),
             t5_length=t5_length,
             clip=clip_model.to(device).eval().requires_grad_(False),
-            clip_tokenizer=CLIPTokenizer.from_pretrained(str(clip_tokenizer or clip)),
+            clip_tokenizer=_tokenizer(CLIPTokenizer, clip_tokenizer or clip),
             clip_length=clip_length,
         )
 
@@ -113,6 +113,13 @@ def _strictly(encoder: Any, source: str | Path, options: dict[str, Any]) -> Any:
     if missing := sorted(found["missing_keys"]):
         raise WeightsError(f"{source}: not a whole {encoder.__name__}: {len(missing)} missing: {listed(missing)}")
     return model
+
+
+def _tokenizer(kind: Any, source: str | Path) -> Any:
+    try:
+        return kind.from_pretrained(str(source))
+    except Exception as error:  # a spoilt vocabulary raises Exception itself
+        raise WeightsError(f"{source}: no {kind.__name__} can be read from it ({error})") from error
 
 
 @contextmanager

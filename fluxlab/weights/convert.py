@@ -162,7 +162,8 @@ def _converted(
         if to == "diffusers":
             parts = rule.split(checkpoint[rule.official])
         else:
-            parts = {rule.official: rule.join({name: checkpoint[name] for name in rule.diffusers})}
+            given = {name: checkpoint[name] for name in rule.diffusers}
+            parts = {rule.official: rule.join({n: _cast(t, dtype or t.dtype, n) for n, t in given.items()})}
         for name, tensor in parts.items():
             yield name, _cast(tensor, dtype or tensor.dtype, name)
 
@@ -170,7 +171,7 @@ def _converted(
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Values that the dtype cannot hold are refused, not made infinite."""
     cast = tensor.to(dtype).contiguous()
-    if dtype is torch.float16 and cast.isinf().sum() != tensor.isinf().sum():
+    if dtype is torch.float16 and cast.isinf().sum() != tensor.float().isinf().sum():
         raise WeightsError(f"dtype is {dtype}, which ends at 65504, and {name} has larger values; take bfloat16")
     return cast
 

@@ -171,6 +171,8 @@ def stream_tensors(
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, (shape, dtype) in entries.items():
+        if dtype not in _NAMES:
+            raise WeightsError(f"{name} is {dtype}, which is not written here")
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()

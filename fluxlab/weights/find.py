@@ -9,8 +9,8 @@ from pathlib import Path
 from fluxlab.config import Variant
 from fluxlab.weights.files import WeightsError, read_json
 
-_T5_TOKENIZER = ("spiece.model", "tokenizer.json")
-_CLIP_TOKENIZER = ("tokenizer.json", "vocab.json")
+_T5_TOKENIZER = (("tokenizer.json",), ("spiece.model",))  # either will do
+_CLIP_TOKENIZER = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,17 @@ class Files:
             if (folder / "transformer").is_dir():
                 hint = f"{folder} is in diffusers' layout, which `fluxlab convert --to official` brings to this one"
             raise WeightsError(f"not found: {', '.join(missing)}; {hint}")
-        for folder, names in ((self.t5_tokenizer, _T5_TOKENIZER), (self.clip_tokenizer, _CLIP_TOKENIZER)):
-            if not any((folder / name).is_file() for name in names):
-                raise WeightsError(f"{folder}: has none of {', '.join(names)}; fetch the tokenizer's files again")
+        for folder, ways in ((self.t5_tokenizer, _T5_TOKENIZER), (self.clip_tokenizer, _CLIP_TOKENIZER)):
+            if not any(all((folder / name).is_file() for name in names) for names in ways):
+                said = " nor ".join(" and ".join(names) for names in ways)
+                raise WeightsError(f"{folder}: has neither {said}; fetch the tokenizer's files again")
         config = variant.transformer
         for folder, key, width in (
             (self.t5, "d_model", config.context_in_dim),
             (self.clip, "hidden_size", config.vec_in_dim),
         ):
-            if (found := read_json(folder / "config.json").get(key)) != width:
+            told = read_json(folder / "config.json")
+            if (found := told.get("text_config", told).get(key)) != width:  # CLIP's may tell of both its towers
                 raise WeightsError(
                     f"{folder}: {key} is {found} in its config.json, and {variant.name} takes {width}; is it another "
                     f"encoder's folder?"
@@ -111,7 +113,9 @@ def _download(source: str, variant: Variant) -> Path:
         raise WeightsError(f"source is {source!r}, which is neither a folder that exists nor a hub name (owner/name)")
     here = Path(source)
     if here.exists() or here.suffix == ".safetensors" or here.parent.is_dir():
-        what = "a file" if here.exists() else "not there"
+        what = (
+            "a file" if here.exists() else f"not there (nor looked for on the hub, as {here.parent} is a folder here)"
+        )
         raise WeightsError(f"source is {source!r}, which is {what}; give the folder that holds all parts of the model")
     from huggingface_hub import snapshot_download
 

@@ -79,8 +79,8 @@ def check_shapes(checkpoint: Checkpoint, wanted: Shapes) -> None:
     if problems := [problem for problem in problems if problem]:
         looks = looks_like({name: entry.shape for name, entry in entries.items()})
         hint = f". It looks like {looks}" if looks else ""
-        if all(name.startswith(_WHOLE) for name in entries):
-            hint = f". All names begin with {_WHOLE!r}: save this part's tensors without that prefix"
+        if any(name.startswith(_WHOLE) for name in entries):
+            hint = f". Names begin with {_WHOLE!r}: save this part's tensors alone, without that prefix"
         raise WeightsError(f"{checkpoint.path}: not what was expected: {'; '.join(problems)}{hint}")
 
 

@@ -35,9 +35,11 @@ def test_a_batch_gives_what_each_prompt_gives_alone(tiny):
     assert all(abs(pixels(a) - pixels(b)).max() <= 1 for a, b in zip(together, alone, strict=True))
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 def test_a_list_gives_a_list(tiny):
     assert len(tiny([PROMPT], **FEW)) == 1
-    assert len(tiny(PROMPT, seed=[0, 1, 2], **FEW)) == 3
+    for seeds in ([0, 1, 2], range(3), np.arange(3), torch.arange(3)):
+        assert len(tiny(PROMPT, seed=seeds, num_steps=1, progress=False)) == 3
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,9 @@ def test_one_forward_a_step_and_two_with_true_cfg(tiny):
         ({"image": GREEN.convert("I")}, "image has mode 'I', more than 8 bits a channel"),
         ({"guidance": float("nan")}, "guidance is nan; it must be a finite number"),
         ({"negative_prompt": ["a ring"], "true_cfg": 2.0}, "give one string, which serves every picture"),
-        ({"seed": "12"}, "seed is '1'; give a whole number"),
+        ({"guidance": "3"}, "guidance is '3'; it must be a finite number"),
+        ({"seed": "12"}, "seed is '12'; give a whole number"),
+        ({"seed": 1.0}, "seed is 1.0; give a whole number"),
         ({"seed": [1.7]}, "seed is 1.7; give a whole number"),
         ({"seed": 2**64}, "seed is 18446744073709551616; give a whole number of 64 bits"),
         ({"true_cfg": 0.5}, "true_cfg is 0.5; it must be at least 1"),

@@ -318,6 +318,10 @@ def test_what_becomes_one_tensor_must_be_of_one_dtype(tmp_path):
         convert_part(tmp_path / "mixed.safetensors", tmp_path / "again.safetensors", config, "official")
     convert_part(tmp_path / "mixed.safetensors", tmp_path / "again.safetensors", config, "official", torch.float32)
 
+    eight = {name: part[name].to(torch.float8_e4m3fn) if name.endswith("to_k.weight") else part[name] for name in mixed}
+    write_tensors(eight, tmp_path / "eight.safetensors")
+    convert_part(tmp_path / "eight.safetensors", tmp_path / "half.safetensors", config, "official", torch.float16)
+
 
 def test_nan_is_kept_and_what_a_dtype_cannot_hold_is_refused(tmp_path, pipeline_folder):
     config, module, _ = parts()["transformer"]

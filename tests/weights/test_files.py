@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPModel
 
 import fluxlab as fl
 from fluxlab.weights.convert import convert
@@ -199,7 +200,7 @@ def test_names_with_a_prefix_are_explained(checkpoint, tmp_path):
     model, _ = checkpoint
     prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in model.state_dict().items()}
     write_tensors(prefixed, tmp_path / "whole.safetensors")
-    with pytest.raises(fl.WeightsError, match=r"begin with 'model.diffusion_model.': save .* without that prefix"):
+    with pytest.raises(fl.WeightsError, match=r"begin with 'model.diffusion_model.': save .* alone, without"):
         fl.load_weights(on_meta(), tmp_path / "whole.safetensors")
 
 
@@ -237,7 +238,7 @@ def test_text_encoders_in_each_others_place_are_refused(official):
 def test_a_tokenizer_without_its_files_is_refused(official, name):
     for file in (official / name).iterdir():
         file.unlink()
-    with pytest.raises(fl.WeightsError, match=rf"{name}: has none of .*tokenizer.json.*; fetch the tokenizer's files"):
+    with pytest.raises(fl.WeightsError, match=rf"{name}: has neither tokenizer.json nor .*; fetch the tokenizer's"):
         fl.load("flux-tiny-dev", official)
 
 
@@ -246,6 +247,24 @@ def test_a_text_encoder_cut_short_is_refused(official):
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(fl.WeightsError, match="text_encoder: no CLIPTextModel can be read from it"):
         fl.load("flux-tiny-dev", official)
+
+
+def test_a_spoilt_tokenizer_is_refused(official):
+    (official / "tokenizer/tokenizer.json").unlink()
+    (official / "tokenizer/vocab.json").write_text("{}")
+    (official / "tokenizer/merges.txt").write_text("a b\n")
+    with pytest.raises(fl.WeightsError, match="tokenizer: no CLIPTokenizer can be read from it"):
+        fl.load("flux-tiny-dev", official)
+
+
+def test_a_clip_with_both_towers_is_read(official, tiny):
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    whole = CLIPModel(CLIPConfig(text_config=tiny.text.clip.config.to_dict(), vision_config=vision, projection_dim=8))
+    whole.save_pretrained(official / "text_encoder")
+    loaded = fl.load("flux-tiny-dev", official).text.clip.state_dict()
+    assert all(
+        torch.equal(whole.state_dict()[f"text_model.{n.removeprefix('text_model.')}"], loaded[n]) for n in loaded
+    )
 
 
 def test_a_config_that_is_no_json_is_refused(official):
@@ -257,9 +276,9 @@ def test_a_config_that_is_no_json_is_refused(official):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("models/FLUX.1-dev", "which is not there; give the folder"),
+        ("models/FLUX.1-dev", "not there .nor looked for on the hub, as models is a folder here.; give the folder"),
         ("models/x.safetensors", "which is a file; give the folder"),
-        ("other/x.safetensors", "which is not there; give the folder"),
+        ("other/x.safetensors", "which is not there .*; give the folder"),
         ("owner/FLUX.1-dev", r"no such folder, and from the hub it cannot be fetched \(offline\)"),
     ],
 )

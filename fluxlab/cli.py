@@ -210,7 +210,7 @@ def train_tiny(
     run: Annotated[Path, typer.Option(help="Where the training keeps its state; run again, it goes on from there.")],
     output: Annotated[Path | None, typer.Option(help="Where flux-tiny is written when done.")] = None,
     earlier: Annotated[Path | None, typer.Option(help="Folder of a flux-tiny to go on from.")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything drawn.")] = 0,
     smoke: Annotated[bool, typer.Option(help="A few steps of every stage, to see that all of it works.")] = False,
 ) -> None:
     """Train flux-tiny: tokenizers, autoencoder, text encoders, flow, guidance, fewer steps; then measure it."""
@@ -219,7 +219,10 @@ def train_tiny(
     from fluxlab.tiny.recipe import SMOKE, Recipe
     from fluxlab.tiny.train import train
 
-    train(run, replace(SMOKE if smoke else Recipe(), seed=seed), output, earlier)
+    try:
+        train(run, replace(SMOKE if smoke else Recipe(), seed=seed), output, earlier)
+    except (ValueError, OSError) as error:
+        raise _fail(error) from error
 
 
 if __name__ == "__main__":

@@ -94,6 +94,9 @@ class Flux(Observed):
     def _check(self, **given: Tensor | None) -> None:
         """What does not fit is named before any work is done; shapes and dtypes alone are read, no values."""
         c, weight = self.config, self.img_in.weight
+        for name, value in given.items():
+            if not isinstance(value, Tensor) and (name, value) != ("guidance", None):
+                raise ValueError(f"{name} is {value!r}; give a tensor")
         if c.guidance_embed and given["guidance"] is None:
             raise ValueError(
                 "guidance is None, but this model has a guidance embedder; give one strength for each item of the "

@@ -26,7 +26,7 @@ def schedule(num_steps: int, image_tokens: int, shift: bool = True) -> list[floa
 
     Args:
         num_steps: forwards of the model.
-        image_tokens: of one picture; read only where ``shift`` is true.
+        image_tokens: of one picture; it has a say only where ``shift`` is true.
         shift: whether the schedule bends with the image tokens ([dev]) or falls evenly ([schnell]).
 
     Raises:

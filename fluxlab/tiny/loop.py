@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from fluxlab.tiny.recipe import Recipe
-from fluxlab.weights.files import Checkpoint, write_tensors
+from fluxlab.weights.files import Checkpoint, write_tensors, write_text
 
 
 def fit(
@@ -47,6 +48,9 @@ def fit(
         optimizers.append(torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     average = [p.detach().clone() for p in parameters]
     start = _restore(path, parameters, average, optimizers) if path.exists() else 0
+    if record.exists():  # what came after the last save is done again
+        kept = [line for line in record.read_text().splitlines(True) if json.loads(line)["step"] <= start]
+        write_text("".join(kept), record)
     losses: list[float] = []
     began = time.monotonic()
     module.train()
@@ -56,7 +60,7 @@ def fit(
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * done))
-            generator = torch.Generator("cpu").manual_seed(recipe.seed * 1_000_003 + step)
+            generator = torch.Generator("cpu").manual_seed(recipe.seed * 1_000_003 + zlib.crc32(stage.encode()) + step)
             with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
                 value = loss(generator)
             module.zero_grad()

@@ -35,7 +35,7 @@ def encode_pictures(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: T
 
         def make(height: int = height, width: int = width, number: int = number) -> dict[str, Tensor]:
             latents, captions, shown = [], [], []
-            drawn = draw(number, height, width, recipe.seed + 3)
+            drawn = draw(number, height, width, (recipe.seed + 3, height, width))
             for _ in trange(0, number, 32, desc=f"latents {height}x{width}", unit="batch", mininterval=10):
                 batch = list(islice(drawn, 32))
                 with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -50,7 +50,9 @@ def encode_pictures(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: T
         cached(run / f"latents-{height}x{width}.safetensors", make)
 
 
-def draw(number: int, height: int, width: int, seed: int, held_out: bool = False) -> Iterator[Picture]:
+def draw(
+    number: int, height: int, width: int, seed: int | tuple[int, ...], held_out: bool = False
+) -> Iterator[Picture]:
     """Pictures of random scenes."""
     rng = np.random.default_rng(seed)
     return (random_picture(rng, height, width, held_out) for _ in range(number))

@@ -13,12 +13,13 @@ The one in data/ came of several runs, of which its card tells.
     measures     what both get right of 256 held-out prompts
 
 Every stage saves its state as it goes and, run again, continues where it stopped: each step draws its random numbers
-from the seed and the step alone.
+from the seed, the stage and the step alone.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from fluxlab.tiny.train_autoencoder import train_autoencoder
 from fluxlab.tiny.train_flow import DEV, SCHNELL, train_flow
 from fluxlab.tiny.train_text import train_text
 from fluxlab.weights.convert import factors
-from fluxlab.weights.files import write_tensors, write_text
+from fluxlab.weights.files import WeightsError, write_tensors, write_text
 from fluxlab.weights.load import autoencoder_config, load_weights
 
 TEACHER = "training/teacher.safetensors"
@@ -54,10 +55,17 @@ def train(run: Path, recipe: Recipe | None = None, output: Path | None = None, e
         output: where flux-tiny is written, if anywhere.
         earlier: folder of a flux-tiny to go on from: its autoencoder and tokenizers stay as they are, its text
             encoders and its teacher learn on. By default all of it starts from new weights.
+
+    Raises:
+        WeightsError: ``earlier`` is not the folder of a flux-tiny.
+        ValueError: ``run`` was begun with another recipe, or from another ``earlier``.
+        OSError: a folder cannot be made.
     """
     recipe = recipe or Recipe()
-    run.mkdir(parents=True, exist_ok=True)
-    _same_recipe(run / "recipe.json", asdict(recipe) | {"earlier": earlier is not None})
+    began = earlier is not None and _fingerprint(earlier)
+    for folder in [run] if output is None else [run, output / "training"]:
+        folder.mkdir(parents=True, exist_ok=True)
+    _same_recipe(run / "recipe.json", asdict(recipe) | {"earlier": began})
     autoencoder, text = begin_anew(run, recipe) if earlier is None else go_on_from(earlier)
     encode_pictures(run, recipe, autoencoder, text)
     learned = train_flow(run, recipe, autoencoder, text, earlier and earlier / TEACHER)
@@ -86,6 +94,13 @@ def go_on_from(folder: Path) -> tuple[AutoEncoder, TextEncoders]:
         autoencoder = AutoEncoder(autoencoder_config(DEV, weights))
     text = TextEncoders.load(folder / "t5", folder / "clip", DEV.t5_length, DEV.clip_length)
     return load_weights(autoencoder, weights, dtype=torch.float32), text
+
+
+def _fingerprint(folder: Path) -> str:
+    """Which flux-tiny it is, wherever it lies: a checksum of its teacher."""
+    if not (folder / TEACHER).is_file():
+        raise WeightsError(f"earlier is {folder}, which has no {TEACHER}; give the folder of a flux-tiny")
+    return f"{zlib.crc32((folder / TEACHER).read_bytes()):08x}"
 
 
 def _same_recipe(path: Path, given: dict[str, Any]) -> None:

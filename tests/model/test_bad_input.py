@@ -21,6 +21,8 @@ CASES = {
     "mixed devices": ({"y": torch.zeros(1, 24, device="meta")}, r"y is on meta and the weights on cpu; move one"),
     "nothing at all": ({"img": torch.tensor(1.0)}, r"img has shape \(\); .* takes \(0, 0, 64\)"),
     "ids that are not exact": ({"img_ids": torch.zeros(1, 12, 3).bfloat16()}, r"img_ids is torch.bfloat16, which is"),
+    "a guidance that is no tensor": ({"guidance": 3.5}, "guidance is 3.5; give a tensor"),
+    "missing text": ({"txt": None}, "txt is None; give a tensor"),
     "missing guidance": ({"guidance": None}, r"guidance is None, but this model has a guidance embedder; give one"),
 }
 

@@ -6,12 +6,16 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 import fluxlab as fl
+from fluxlab.cli import app
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.tiny import train_autoencoder as first_stage
 from fluxlab.tiny.distil import without_guidance
+from fluxlab.tiny.loop import fit
 from fluxlab.tiny.pictures import encode_pictures
 from fluxlab.tiny.recipe import SMOKE
 from fluxlab.tiny.train import TEACHER, go_on_from, publish, train
@@ -105,8 +109,30 @@ def test_a_run_is_not_mixed_with_another_recipe(tmp_path):
     with pytest.raises(ValueError, match=r"was begun with another recipe .* name another folder"):
         train(tmp_path, SMOKE)
     (tmp_path / "recipe.json").write_text(json.dumps(asdict(SMOKE) | {"earlier": False}))
-    with pytest.raises(ValueError, match=r"another recipe \(then, now\): {'earlier': \(False, True\)}"):
+    with pytest.raises(ValueError, match=r"another recipe \(then, now\): {'earlier': \(False, '[0-9a-f]{8}'\)}"):
         train(tmp_path, SMOKE, earlier=data_folder() / "flux-tiny")
+
+
+def test_what_a_training_cannot_begin_with_is_said_before_any_work(tmp_path):
+    (tmp_path / "file").touch()
+    arguments = {
+        "no training/teacher.safetensors; give": ["--earlier", tmp_path, "--run", tmp_path / "r"],
+        "file": ["--run", tmp_path / "r", "--output", tmp_path / "file"],
+        "'--seed'": ["--run", tmp_path / "r", "--seed", -1],
+    }
+    for said, given in arguments.items():
+        result = CliRunner().invoke(app, ["train-tiny", "--smoke", *map(str, given)])
+        assert result.exit_code == 2
+        assert said in result.output
+    assert not (tmp_path / "r/recipe.json").exists()
+
+
+def test_a_record_has_each_step_once(tmp_path):
+    """What was noted after the last save is done again."""
+    (tmp_path / "x.jsonl").write_text('{"step": 1}\n')
+    module = nn.Linear(1, 1)
+    fit("x", module, lambda _: module.weight.sum(), 2, tmp_path, SMOKE)
+    assert [json.loads(line)["step"] for line in (tmp_path / "x.jsonl").read_text().splitlines()] == [1, 2]
 
 
 def test_a_new_model_predicts_zero_and_each_block_is_the_identity():

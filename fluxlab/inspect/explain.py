@@ -89,6 +89,7 @@ def _of_autoencoder(name: str, chosen: Variant) -> str:
 def source_line(name: str, model: nn.Module) -> str:
     """File, line and text of where the tensor or weight of that name is made, in the library."""
     ours = {path: part for path, part in model.named_modules() if type(part).__module__.startswith("fluxlab")}
+    ours = {path: part for path, part in ours.items() if not isinstance(part, nn.Linear | nn.Sequential)}
     owner = max((path for path in ours if not path or name.startswith(f"{path}.")), key=len)
     rest = name[len(owner) :].lstrip(".")
     places = (type(ours[owner]), attention, capture._observer)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fluxlab.model.linear import Linear
 from fluxlab.model.observe import Observed, See, unseen
 from fluxlab.model.rope import apply_rope
 
@@ -76,9 +77,9 @@ class SelfAttention(Observed):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.qkv = Linear(dim, dim * 3, bias=qkv_bias)
         self.norm = QKNorm(dim // num_heads)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def project(
         self, x: Float[Tensor, "batch tokens channels"]

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fluxlab.model.attention import QKNorm, SelfAttention, attention, split_heads
+from fluxlab.model.linear import Linear, linear_gelu
 from fluxlab.model.modulation import Modulation, add_gated, modulate
 from fluxlab.model.observe import Observed
 
@@ -20,9 +21,15 @@ def layer_norm(dim: int) -> nn.LayerNorm:
     return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
 
 
-def mlp(dim: int, hidden_dim: int) -> nn.Sequential:
+class MLP(nn.Sequential):
     """Linear, GELU (tanh form), Linear."""
-    return nn.Sequential(nn.Linear(dim, hidden_dim), nn.GELU(approximate="tanh"), nn.Linear(hidden_dim, dim))
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__(Linear(dim, hidden_dim), nn.GELU(approximate="tanh"), Linear(hidden_dim, dim))
+
+    def forward(self, x: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch tokens channels"]:
+        way_in, gelu, way_out = self
+        return way_out(linear_gelu(x, way_in, gelu)[1])
 
 
 class DoubleStreamBlock(Observed):
@@ -37,13 +44,13 @@ class DoubleStreamBlock(Observed):
         self.img_norm1 = layer_norm(hidden_size)
         self.img_attn = SelfAttention(hidden_size, num_heads, qkv_bias)
         self.img_norm2 = layer_norm(hidden_size)
-        self.img_mlp = mlp(hidden_size, mlp_hidden_dim)
+        self.img_mlp = MLP(hidden_size, mlp_hidden_dim)
 
         self.txt_mod = Modulation(hidden_size, double=True)
         self.txt_norm1 = layer_norm(hidden_size)
         self.txt_attn = SelfAttention(hidden_size, num_heads, qkv_bias)
         self.txt_norm2 = layer_norm(hidden_size)
-        self.txt_mlp = mlp(hidden_size, mlp_hidden_dim)
+        self.txt_mlp = MLP(hidden_size, mlp_hidden_dim)
 
     def forward(
         self,
@@ -100,9 +107,8 @@ class SingleStreamBlock(Observed):
     def __init__(self, hidden_size: int, num_heads: int, mlp_hidden_dim: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.widths = (3 * hidden_size, mlp_hidden_dim)
-        self.linear1 = nn.Linear(hidden_size, sum(self.widths))  # qkv and the MLP's way in
-        self.linear2 = nn.Linear(hidden_size + mlp_hidden_dim, hidden_size)  # proj and the MLP's way out
+        self.linear1 = Linear(hidden_size, 3 * hidden_size + mlp_hidden_dim)  # qkv and the MLP's way in
+        self.linear2 = Linear(hidden_size + mlp_hidden_dim, hidden_size)  # proj and the MLP's way out
         self.norm = QKNorm(hidden_size // num_heads)
         self.pre_norm = layer_norm(hidden_size)
         self.mlp_act = nn.GELU(approximate="tanh")
@@ -116,18 +122,18 @@ class SingleStreamBlock(Observed):
     ) -> Float[Tensor, "batch tokens channels"]:
         x = self.see("input", x)
         (mod,) = self.modulation(vec)
-        branches = self._branches(self.linear1(modulate(self.pre_norm(x), mod.shift, mod.scale)), pe)
+        branches = self._branches(modulate(self.pre_norm(x), mod.shift, mod.scale), pe)
         x = add_gated(x, mod.gate, self.linear2(torch.cat(branches, dim=-1)))  # B L C+M -> B L C
         return self.see("output", x)
 
     def _branches(
-        self, both: Float[Tensor, "batch tokens qkv_hidden"], pe: Float[Tensor, "#batch 1 tokens pairs 2 2"]
+        self, x: Float[Tensor, "batch tokens channels"], pe: Float[Tensor, "#batch 1 tokens pairs 2 2"]
     ) -> tuple[Float[Tensor, "batch tokens channels"], Float[Tensor, "batch tokens hidden"]]:
         """Attention and the MLP's hidden features, side by side."""
-        qkv, hidden = both.split(self.widths, dim=-1)
+        qkv, hidden = linear_gelu(x, self.linear1, self.mlp_act, start=3 * x.shape[-1])
+        del x  # what is read does not stay in memory
         q, k, v = split_heads(qkv, self.num_heads)
-        hidden = self.mlp_act(hidden)
-        del both, qkv  # all of it is copied by now
+        del qkv
         q, k = self.norm(self.see("q_raw", q), self.see("k_raw", k))
         return attention(q, k, v, pe, self.see), hidden
 
@@ -138,8 +144,8 @@ class LastLayer(Observed):
     def __init__(self, hidden_size: int, out_channels: int) -> None:
         super().__init__()
         self.norm_final = layer_norm(hidden_size)
-        self.linear = nn.Linear(hidden_size, out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.linear = Linear(hidden_size, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
 
     def forward(
         self, x: Float[Tensor, "batch image_tokens channels"], vec: Float[Tensor, "batch channels"]

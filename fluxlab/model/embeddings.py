@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fluxlab.model.linear import Linear
+
 TIME_FACTOR = 1000.0  # t in [0, 1] and guidance are both multiplied by this before they are embedded
 EMBEDDING_DIM = 256  # width of the sinusoidal embedding, for both
 
@@ -46,9 +48,9 @@ class MLPEmbedder(nn.Module):
 
     def __init__(self, in_dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.in_layer = nn.Linear(in_dim, hidden_dim)
+        self.in_layer = Linear(in_dim, hidden_dim)
         self.silu = nn.SiLU()
-        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
+        self.out_layer = Linear(hidden_dim, hidden_dim)
 
     def forward(self, x: Float[Tensor, "batch in_dim"]) -> Float[Tensor, "batch channels"]:
         return self.out_layer(self.silu(self.in_layer(x)))

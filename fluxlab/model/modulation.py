@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from fluxlab.model.linear import Linear
 from fluxlab.model.observe import Observed
 
 
@@ -35,7 +36,7 @@ class Modulation(Observed):
         self.names = (
             [kind + part for part in ("1", "2") for kind in ModulationOut._fields] if double else ModulationOut._fields
         )
-        self.lin = nn.Linear(dim, self.multiplier * dim)
+        self.lin = Linear(dim, self.multiplier * dim)
 
     def forward(self, vec: Float[Tensor, "batch channels"]) -> tuple[ModulationOut, ...]:
         parts = self.lin(F.silu(vec))[:, None, :].chunk(self.multiplier, dim=-1)  # each B 1 C

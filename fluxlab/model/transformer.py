@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fluxlab.config import ConfigError, FluxConfig, variant
 from fluxlab.model.blocks import DoubleStreamBlock, LastLayer, SingleStreamBlock
 from fluxlab.model.embeddings import EMBEDDING_DIM, MLPEmbedder, timestep_embedding
+from fluxlab.model.linear import Linear
 from fluxlab.model.observe import Observed
 from fluxlab.model.rope import EmbedND
 
@@ -28,11 +29,11 @@ class Flux(Observed):
         self.config = config
         c = config
         self.pe_embedder = EmbedND(c.theta, c.axes_dim)
-        self.img_in = nn.Linear(c.in_channels, c.hidden_size)
+        self.img_in = Linear(c.in_channels, c.hidden_size)
         self.time_in = MLPEmbedder(EMBEDDING_DIM, c.hidden_size)
         self.vector_in = MLPEmbedder(c.vec_in_dim, c.hidden_size)
         self.guidance_in = MLPEmbedder(EMBEDDING_DIM, c.hidden_size) if c.guidance_embed else None
-        self.txt_in = nn.Linear(c.context_in_dim, c.hidden_size)
+        self.txt_in = Linear(c.context_in_dim, c.hidden_size)
         self.double_blocks = nn.ModuleList(
             DoubleStreamBlock(c.hidden_size, c.num_heads, c.mlp_hidden_dim, c.qkv_bias) for _ in range(c.depth)
         )

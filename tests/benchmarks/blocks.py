@@ -1,10 +1,11 @@
 """`make bench`: one double and one single block at full width, beside diffusers' on the same weights, and the floor.
 
 The floor is what no arrangement of this model can do without on this machine: its matrix products (with their
-biases) and its attention, alone. The three run in turn, so that a machine that slows down slows all of them. Times
-are medians, those outside the floor medians of the differences round by round; the figures that matter are ratios of
-one run. Run it on a quiet machine. The Makefile has the C library keep freed memory for the next run: else the pages
-of large tensors, fetched anew each time, drown all the rest.
+biases), by the fastest kernel there is, and its attention, alone. Beside it, the same with the products as nn.Linear
+has them computed. All run in turn, so that a machine that slows down slows all of them. Times are medians, those
+outside the floor medians of the differences round by round; the figures that matter are ratios of one run. Run it on
+a quiet machine. The Makefile has the C library keep freed memory for the next run: else the pages of large tensors,
+fetched anew each time, drown all the rest.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch.profiler import profile
 
 import fluxlab as fl
 from fluxlab.model.blocks import DoubleStreamBlock, SingleStreamBlock
+from fluxlab.model.linear import Linear
 from fluxlab.model.rope import EmbedND
 from fluxlab.weights.layouts import to_diffusers
 
@@ -58,7 +60,7 @@ def blocks(dtype):
 
 
 def runs(dtype, image, text) -> dict[str, dict[str, Run]]:
-    """For each kind of block: ours, diffusers', and the floor."""
+    """For each kind of block: ours, diffusers', and the two floors."""
     double, double_theirs, single, single_theirs = blocks(dtype)
     c = CONFIG
     side = int(image**0.5)
@@ -69,28 +71,28 @@ def runs(dtype, image, text) -> dict[str, dict[str, Run]]:
     both = torch.cat((txt, img), dim=1)
     q, k, v = torch.randn(3, 1, c.num_heads, image + text, c.head_dim, dtype=dtype).unbind(0)
 
-    def products(block: torch.nn.Module, tokens: Callable[[str], int]) -> Run:
-        """Every Linear of a block on as many rows as it sees."""
+    def products(block: torch.nn.Module, tokens: Callable[[str], int]) -> dict[str, Run]:
+        """Every Linear of a block on as many rows as it sees, by the library's product and by PyTorch's."""
         linears = [(n, m) for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)]
         inputs = [torch.randn(tokens(n), m.in_features, dtype=dtype) for n, m in linears]
 
-        def run() -> None:
+        def run(product: Callable[[torch.nn.Linear, torch.Tensor], torch.Tensor]) -> None:
             for (_, linear), x in zip(linears, inputs, strict=True):
-                F.linear(x, linear.weight, linear.bias)
+                product(linear, x)
             F.scaled_dot_product_attention(q, k, v)
 
-        return run
+        return {"floor": lambda: run(Linear.forward), "nn.Linear": lambda: run(torch.nn.Linear.forward)}
 
     return {
         "double": {
             "ours": lambda: double(img, txt, vec, pe),
             "diffusers": lambda: double_theirs(img, txt, vec, rotary)[::-1],
-            "floor": products(double, lambda n: 1 if "mod" in n else image if n.startswith("img") else text),
+            **products(double, lambda n: 1 if "mod" in n else image if n.startswith("img") else text),
         },
         "single": {
             "ours": lambda: single(both, vec, pe),
             "diffusers": lambda: torch.cat(single_theirs(img, txt, vec, rotary), dim=1),
-            "floor": products(single, lambda n: 1 if "mod" in n else image + text),
+            **products(single, lambda n: 1 if "mod" in n else image + text),
         },
     }
 
@@ -125,8 +127,10 @@ def main() -> None:
     seconds = parser.parse_args().seconds
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(
-        "\n                          median ms (spread of the middle half)            outside the floor     peak MiB\n"
-        "block   dtype     tokens  ours            diffusers       floor            ours  theirs  ratio   ours  theirs"
+        "\n                         median ms (spread of the middle half)                     "
+        "outside the floor        outside nn.Linear's      peak MiB\n"
+        "block   dtype    tokens  ours           diffusers      floor          nn.Linear      "
+        "ours     theirs   ratio  ours     theirs   ratio  ours theirs"
     )
     for dtype in (torch.float32, torch.bfloat16):
         for image, text in SIZES:
@@ -146,18 +150,16 @@ def report(block, dtype, image, text, kinds, seconds) -> None:
     shown = []
     for name, values in times.items():
         low, _, high = statistics.quantiles(values, n=4)
-        shown.append(f"{median[name]:7.1f} (±{(high - low) / 2:4.1f})")
-    outside = {
-        name: statistics.median(a - b for a, b in zip(times[name], times["floor"], strict=True))
-        for name in ("ours", "diffusers")
-    }
-    shares = [f"{100 * outside[name] / median[name]:4.1f} %" for name in ("ours", "diffusers")]
-    peaks = [f"{m:6.0f}" for m in memory.values()]
-    print(
-        f"{block:7} {str(dtype)[6:]:9} {image}+{text:<4} {'  '.join(shown)}  {'  '.join(shares)}  "
-        f"{outside['ours'] / outside['diffusers']:5.2f}  {'  '.join(peaks)}",
-        flush=True,
-    )
+        shown.append(f"{median[name]:6.1f} (±{(high - low) / 2:4.1f})")
+    for floor in ("floor", "nn.Linear"):
+        outside = {
+            name: statistics.median(a - b for a, b in zip(times[name], times[floor], strict=True))
+            for name in ("ours", "diffusers")
+        }
+        shown += [f"{100 * outside[name] / median[name]:5.1f} %" for name in outside]
+        shown.append("below" if outside["ours"] < 0 else f"{outside['ours'] / outside['diffusers']:5.2f}")
+    shown += [f"{m:4.0f}" for m in memory.values()]
+    print(f"{block:7} {str(dtype)[6:]:8} {image}+{text:<3}", "  ".join(shown), flush=True)
 
 
 if __name__ == "__main__":

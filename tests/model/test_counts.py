@@ -89,7 +89,7 @@ def test_the_full_model_builds_on_meta_at_once_and_without_memory():
 
 def test_the_files_of_the_model_stay_small_enough_to_study():
     lines = sum(len(path.read_text().splitlines()) for path in Path(fl.__file__).parent.glob("model/*.py"))
-    assert lines <= 810  # some 50 of them give the inner tensors their names
+    assert lines <= 910  # some 50 of them give the inner tensors their names, some 80 make products fast on a CPU
 
 
 def test_schnell_has_devs_keys_without_the_guidance_embedder():

@@ -60,7 +60,7 @@ def distil_guidance(run: Path, recipe: Recipe, autoencoder: AutoEncoder, teacher
         return F.mse_loss(forward(img, ids, txt, places, t, y, guidance).float(), target)
 
     def preview(step: int) -> None:
-        sample_grid(run / f"guidance-{step:05d}.png", Pipeline(DEV, student, autoencoder, text))
+        sample_grid(run / f"guidance-{step:05d}.png", Pipeline(DEV, student, autoencoder, text), recipe.previewed)
 
     gentle = replace(recipe, learning_rate=recipe.learning_rate / 3)
     fit("guidance", student, loss, recipe.guidance_steps, run, gentle, preview)
@@ -99,7 +99,7 @@ def distil_steps(run: Path, recipe: Recipe, autoencoder: AutoEncoder, dev: Flux,
         return F.mse_loss(forward(img, ids, txt, text_ids(*txt.shape[:2]), t, y).float(), start - clean)
 
     def preview(step: int) -> None:
-        sample_grid(run / f"steps-{step:05d}.png", Pipeline(SCHNELL, student, autoencoder, text))
+        sample_grid(run / f"steps-{step:05d}.png", Pipeline(SCHNELL, student, autoencoder, text), recipe.previewed)
 
     gentle = replace(recipe, learning_rate=recipe.learning_rate / 3)
     fit("steps", student, loss, recipe.reflow_steps, run, gentle, preview)

@@ -25,6 +25,7 @@ class Recipe:
     pairs: int = 9_000  # noise and picture of flux-tiny-dev, of the usual size, for flux-tiny-schnell
     schnell_guidance: float = 4.0  # at which they are painted
     reflow_steps: int = 2_500
+    previewed: int = 24  # held-out prompts painted at every save, in rows of eight
     measured: int = 256  # held-out prompts
     image_tokens: int = 4_096  # in a batch: 64 pictures of 128x128, 16 of 256x256
     usual_share: float = 0.8  # of the batches are of the usual size
@@ -48,6 +49,7 @@ SMOKE = Recipe(
     guidance_steps=2,
     pairs=4,
     reflow_steps=2,
+    previewed=2,
     measured=1,
     image_tokens=256,
     save_every=1,

@@ -93,7 +93,7 @@ def train_flow(
     painter = Pipeline(replace(SCHNELL, num_steps=20, time_shift=True), model, autoencoder, text)
 
     def preview(step: int) -> None:
-        sample_grid(run / f"flow-{step:05d}.png", painter, true_cfg=3.0)
+        sample_grid(run / f"flow-{step:05d}.png", painter, recipe.previewed, true_cfg=3.0)
 
     fit("flow", nn.ModuleList((model, text.t5, text.clip, reader)), loss, recipe.flow_steps, run, recipe, preview)
     hook.remove()
@@ -123,16 +123,17 @@ def flow_inputs(start: Tensor, txt: Tensor, y: Tensor, guidance: float | None = 
     )
 
 
-def sample_grid(path: Path, pipe: Pipeline, **options: Any) -> None:
-    """What a model paints for the first 24 held-out captions, as one PNG.
+def sample_grid(path: Path, pipe: Pipeline, number: int, **options: Any) -> None:
+    """What a model paints for the first held-out captions, as one PNG.
 
     Args:
         path: of the PNG.
         pipe: the model.
+        number: of captions.
         **options: of the pipeline, such as ``true_cfg``.
     """
     rng = np.random.default_rng(0)
-    prompts = [random_picture(rng, held_out=True, complete=True).caption for _ in range(24)]
-    pictures = cast(list[Image.Image], pipe(prompts, seed=range(24), progress=False, **options))
+    prompts = [random_picture(rng, held_out=True, complete=True).caption for _ in range(number)]
+    pictures = cast(list[Image.Image], pipe(prompts, seed=range(number), progress=False, **options))
     painted = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-    save_grid(path, to_float(painted.permute(0, 3, 1, 2)), 8)
+    save_grid(path, to_float(painted.permute(0, 3, 1, 2)), min(8, number))

@@ -39,7 +39,8 @@ def linear_gelu(
         weight, bias = linear.weight, linear.bias
         return _onednn(x, weight[:start], bias[:start]), _onednn(x, weight[start:], bias[start:], gelu.approximate)
     both = linear(x)
-    return both[..., :start], gelu(both[..., start:])
+    before, rest = both.split((start, both.shape[-1] - start), dim=-1) if start else (both[..., :0], both)
+    return before, gelu(rest)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str = "") -> Tensor:

@@ -66,11 +66,6 @@ def as_users_run_it():
     config.update("jaxtyping_disable", False)
 
 
-def pytest_collection_modifyitems(items):
-    """Chapters and trainings, which take longest, before all else: no core waits at the end for another's last one."""
-    items.sort(key=lambda item: not item.name.startswith(("test_a_chapter_gives", "test_all_stages")))
-
-
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has")
 
 

@@ -92,3 +92,8 @@ thread.join()
 print(peak - start)
 """
     return int(subprocess.check_output([sys.executable, "-c", watched], text=True))
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, so that no worker is left alone with them at the end."""
+    items.sort(key=lambda item: not item.name.startswith(("test_a_chapter_gives", "test_all_stages")))

@@ -33,7 +33,13 @@ class Tape(Mapping[str, Tensor]):
     def __init__(self) -> None:
         self.forwards = 0  # how often the model ran
         self.text_tokens: int | None = None  # of the run, where it is known
+        self.nbytes = 0  # of memory, all that is kept
         self._kept: dict[str, dict[int, Tensor]] = {}
+
+    def _keep(self, name: str, index: int, tensor: Tensor) -> None:
+        runs = self._kept.setdefault(name, {})
+        self.nbytes += tensor.nbytes - (runs[index].nbytes if index in runs else 0)
+        runs[index] = tensor
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of that name, of the one forward that was run.
@@ -81,11 +87,6 @@ class Tape(Mapping[str, Tensor]):
     def captured(self) -> list[int]:
         """Which forwards something was kept of."""
         return sorted({i for runs in self._kept.values() for i in runs})
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of all that is kept, in bytes."""
-        return sum(tensor.nbytes for runs in self._kept.values() for tensor in runs.values())
 
     @property
     def table(self) -> Table:
@@ -142,7 +143,7 @@ class Tape(Mapping[str, Tensor]):
         tape.text_tokens = int(saved.metadata["text_tokens"] or 0) or None
         for key in saved.entries:
             index, name = key.split("/", 1)
-            tape._kept.setdefault(name, {})[int(index)] = saved[key]
+            tape._keep(name, int(index), saved[key])
         return tape
 
 
@@ -209,7 +210,7 @@ def capture(
         kept = tensor.detach().to(device=device, dtype=dtype)
         if kept.untyped_storage().nbytes() > kept.nbytes or kept.data_ptr() == tensor.data_ptr():
             kept = kept.clone()  # a view would keep all that it is a view of, and change when that is changed
-        tape._kept.setdefault(name, {})[tape.forwards - 1] = kept
+        tape._keep(name, tape.forwards - 1, kept)
 
     def take(name: str, tensor: Tensor) -> Tensor:
         if keep(name, tensor):

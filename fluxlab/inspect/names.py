@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
+from fnmatch import filter as matching
 
 from torch import nn
 
@@ -73,7 +73,9 @@ def choose(module: nn.Module, names: Names) -> list[str]:
     found: set[str] = set()
     extra: list[str] = []
     for pattern in patterns:
-        matched = [n for n in known if fnmatchcase(n, pattern) and ("attention" in pattern or not _is_attention(n))]
+        matched = [pattern] if pattern in known else matching(known, pattern)
+        if "attention" not in pattern:
+            matched = [name for name in matched if not _is_attention(name)]
         if not matched and pattern in modules:
             extra.append(pattern)
         elif not matched:

@@ -59,7 +59,8 @@ def train_autoencoder(run: Path, recipe: Recipe) -> AutoEncoder:
         epsilon = torch.randn(n, CONFIG.z_channels, 8, 8, generator=generator)
         return reconstruct(to_float(crops).contiguous(memory_format=torch.channels_last), epsilon)
 
-    held_out = torch.stack([pixels_of(picture) for picture in draw(32, 128, 128, recipe.seed + 2, held_out=True)])
+    number = min(32, recipe.crops)
+    held_out = torch.stack([pixels_of(picture) for picture in draw(number, 128, 128, recipe.seed + 2, held_out=True)])
 
     def preview(step: int) -> None:
         with torch.no_grad():

@@ -280,12 +280,13 @@ def test_a_patch_that_does_not_fit_is_refused(model, inputs):
 
 @linux
 def test_a_map_of_4608_tokens_needs_no_two_gigabytes():
-    """A single block with FLUX's 24 heads of 128: what image tokens read of the text, the mean of the heads."""
+    """A single block with FLUX's 24 heads, narrow ones: what image tokens read of the text, the mean of the heads."""
     setup = """
 from fluxlab.model.blocks import SingleStreamBlock
-block = SingleStreamBlock(3072, 24, 256).to(torch.bfloat16)
-x, vec = torch.randn(1, 4608, 3072).bfloat16(), torch.randn(1, 3072).bfloat16()
-pe = fl.build('flux-dev', depth=0, depth_single_blocks=0).pe_embedder(torch.zeros(1, 4608, 3))
+block = SingleStreamBlock(384, 24, 256).to(torch.bfloat16)
+x, vec = torch.randn(1, 4608, 384).bfloat16(), torch.randn(1, 384).bfloat16()
+narrow = dict(hidden_size=384, axes_dim=(4, 6, 6), depth=0, depth_single_blocks=0)
+pe = fl.build('flux-dev', **narrow).pe_embedder(torch.zeros(1, 4608, 3))
 torch.set_grad_enabled(False)
 block(x[:, :64], vec, pe[:, :, :64])
 """

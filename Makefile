@@ -6,6 +6,8 @@ BIN := .venv/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 COURSE := exported/course
 NBCONVERT := $(BIN)/jupyter nbconvert --log-level=ERROR
+# glibc keeps freed memory for the next tensor:
+REUSE := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000
 
 .PHONY: course test browser lab notebooks screenshots bench
 
@@ -33,7 +35,7 @@ test: .venv/.installed browser
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=logical --maxprocesses=4 --dist=load --maxschedchunk=1
+	$(REUSE) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=logical --maxprocesses=4 --dist=load --maxschedchunk=1
 
 # Some tests open graphs in Netron in a real browser. As root on Debian, as in CI, it is installed; else only said.
 browser:
@@ -52,4 +54,4 @@ screenshots: .venv/.installed browser
 	FLUXLAB_SCREENSHOTS=exported $(BIN)/pytest tests/inspect/test_netron.py -k double-block
 
 bench: .venv/.installed
-	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 $(BIN)/python -m tests.benchmarks.blocks
+	$(REUSE) $(BIN)/python -m tests.benchmarks.blocks

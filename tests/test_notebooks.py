@@ -2,7 +2,9 @@
 
 import os
 import re
+import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -10,6 +12,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell
 from nbmake.nb_run import NotebookRun
+
+from tests.kernels import copied_kernels
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SECTIONS = ["Where we are", "The idea", "The code", "What people get wrong", "Check yourself", "What to remember"]
@@ -71,13 +75,24 @@ def solved(notebook):
     return notebook, places
 
 
+@pytest.fixture(scope="module")
+def jupyter_path(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # half of two cores, so that the minute also holds beside other work
+        folder = tmp_path_factory.mktemp("jupyter")
+        with copied_kernels(folder) if sys.platform == "linux" else nullcontext():  # elsewhere a fork may not be safe
+            yield folder
+
+
 @chapters
-def test_a_chapter_gives_its_committed_text_in_a_minute_and_its_solutions_are_right(path, tmp_path, monkeypatch):
+def test_a_chapter_gives_its_committed_text_in_a_minute_and_its_solutions_are_right(
+    path, tmp_path, monkeypatch, jupyter_path
+):
     (tmp_path / "profile_default/startup").mkdir(parents=True)
     (tmp_path / "profile_default/startup/00.py").write_text(OFFLINE)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # half of two cores, so that the minute also holds beside other work
+    monkeypatch.setenv("JUPYTER_PATH", str(jupyter_path))
     notebook, places = solved(read(path))
     measures_memory = os.path.exists("/proc/self/status")
     if measures_memory:

@@ -1,5 +1,6 @@
 """The ONNX files: what they show, what they compute, and what is refused."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -147,22 +148,26 @@ SIZES = [{"height": 128, "width": 128, "batch": 1}, {"height": 64, "width": 96, 
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx")
-    for part in ("transformer", "encoder", "decoder", "t5", "clip"):
+
+    @functools.cache
+    def export(part):
         fl.export_onnx("flux-tiny-dev", folder / f"{part}.onnx", part, weights=True)
         onnx.checker.check_model(str(folder / f"{part}.onnx"), full_check=True)
-    return folder
+        return folder / f"{part}.onnx"
+
+    return export
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("text", [32, 9])
-def test_the_transformer_computes_what_pytorch_does_at_any_size(files, tiny, size, text):
+def test_the_transformer_computes_what_pytorch_does_at_any_size(exported, tiny, size, text):
     inputs = fl.example_inputs("flux-tiny-dev", **size).kwargs()
     inputs |= {name: inputs[name][:, :text].contiguous() for name in ("txt", "txt_ids")}
     with torch.no_grad():
         theirs = tiny.model(**inputs)
-    assert relative(run(files / "transformer.onnx", **inputs)[0], theirs) < 1e-4
+    assert relative(run(exported("transformer"), **inputs)[0], theirs) < 1e-4
 
 
 @pytest.mark.parametrize(("opset", "flat"), [(17, False), (17, True), (18, False), (22, True), (23, True), (24, False)])
@@ -215,19 +220,20 @@ def test_a_full_width_block_computes_what_pytorch_does(tmp_path, kind):
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
 def test_the_vae_computes_what_pytorch_does(tmp_path, tiny, half, opset):
     fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", half, weights=True, opset=opset)
+    onnx.checker.check_model(str(tmp_path / "x.onnx"), full_check=True)
     x = torch.randn(2, 16, 6, 10) if half == "decoder" else torch.rand(3, 3, 48, 80) * 2 - 1
     with torch.no_grad():
         theirs = tiny.autoencoder.decode(x) if half == "decoder" else tiny.autoencoder.encode(x)
     assert relative(run(tmp_path / "x.onnx", **{"latent" if half == "decoder" else "pixels": x})[0], theirs) < 1e-4
 
 
-def test_the_text_encoders_compute_what_pytorch_does(files, tiny):
+def test_the_text_encoders_compute_what_pytorch_does(exported, tiny):
     t5_ids, clip_ids = tiny.text.tokenize(["a red circle", "a large blue ring on the left", "a star"])
     txt, y = tiny.text.encode(t5_ids, clip_ids)
-    assert relative(run(files / "t5.onnx", ids=t5_ids)[0], txt) < 1e-4
-    assert relative(run(files / "clip.onnx", ids=clip_ids)[0], y) < 1e-4
+    assert relative(run(exported("t5"), ids=t5_ids)[0], txt) < 1e-4
+    assert relative(run(exported("clip"), ids=clip_ids)[0], y) < 1e-4
     shorter, _ = tiny.text.encode(t5_ids[:, :12], clip_ids)
-    assert relative(run(files / "t5.onnx", ids=t5_ids[:, :12])[0], shorter) < 1e-4
+    assert relative(run(exported("t5"), ids=t5_ids[:, :12])[0], shorter) < 1e-4
 
 
 def test_a_large_text_encoder_keeps_its_weights_beside_it(tmp_path, tiny, monkeypatch):
@@ -240,14 +246,14 @@ def test_a_large_text_encoder_keeps_its_weights_beside_it(tmp_path, tiny, monkey
     assert relative(run(tmp_path / "clip.onnx", ids=clip_ids)[0], tiny.text.encode(t5_ids, clip_ids)[1]) < 1e-4
 
 
-def test_from_prompt_to_picture_on_onnxruntime_and_numpy(files, tiny):
+def test_from_prompt_to_picture_on_onnxruntime_and_numpy(exported, tiny):
     """Tokenizers, four files, numpy; the noise is the library's, so that the pictures can be compared."""
     prompt, steps = "a small red circle left of a large blue square on a white background", 8
     t5_ids, clip_ids = (
         tokenizer([prompt], padding="max_length", max_length=32, return_tensors="np").input_ids
         for tokenizer in (tiny.text.t5_tokenizer, tiny.text.clip_tokenizer)
     )
-    [txt], [y] = run(files / "t5.onnx", ids=t5_ids), run(files / "clip.onnx", ids=clip_ids)
+    [txt], [y] = run(exported("t5"), ids=t5_ids), run(exported("clip"), ids=clip_ids)
     noise = fl.noise([3], 128, 128).numpy()
     img = noise.reshape(1, 16, 8, 2, 8, 2).transpose(0, 2, 4, 1, 3, 5).reshape(1, 64, 64)
     ids = np.zeros((8, 8, 3), np.float32)
@@ -257,12 +263,12 @@ def test_from_prompt_to_picture_on_onnxruntime_and_numpy(files, tiny):
     mu = 0.5 + (1.15 - 0.5) / (4096 - 256) * (64 - 256)
     times = np.linspace(1, 0, steps + 1)
     times[:-1] = np.exp(mu) / (np.exp(mu) + (1 / times[:-1] - 1))
-    model = session(files / "transformer.onnx")
+    model = session(exported("transformer"))
     for t, t_next in itertools.pairwise(times):
         [velocity] = model.run(None, fixed | {"img": img, "timesteps": np.array([t], np.float32)})
         img = img + np.float32(t_next - t) * velocity
     latent = img.reshape(1, 8, 8, 16, 2, 2).transpose(0, 3, 1, 4, 2, 5).reshape(1, 16, 16, 16)
-    [pixels] = run(files / "decoder.onnx", latent=latent)
+    [pixels] = run(exported("decoder"), latent=latent)
     mine = np.rint((pixels[0].clip(-1, 1) + 1) * 127.5).transpose(1, 2, 0)
     theirs = np.asarray(tiny(prompt, seed=3, num_steps=steps, guidance=4.0, progress=False)).astype(int)
     assert np.abs(mine - theirs).max() <= 1

@@ -35,7 +35,7 @@ test: .venv/.installed browser
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(REUSE) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=logical --maxprocesses=4 --dist=load --maxschedchunk=1
+	$(REUSE) OMP_NUM_THREADS=1 $(BIN)/pytest --disable-plugin-autoload -p xdist --numprocesses=logical --maxprocesses=4 --dist=load --maxschedchunk=1
 
 # Some tests open graphs in Netron in a real browser. As root on Debian, as in CI, it is installed; else only said.
 browser:

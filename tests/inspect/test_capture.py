@@ -5,7 +5,7 @@ import torch
 
 import fluxlab as fl
 from fluxlab.inspect.names import available
-from tests.conftest import SMALL_AUTOENCODER, linux, peak_anonymous_memory, randomise
+from tests.helpers import SMALL_AUTOENCODER, linux, peak_anonymous_memory, randomise
 
 INPUTS = {"height": 64, "width": 48, "batch": 2}
 

@@ -8,7 +8,7 @@ import torch
 import fluxlab as fl
 from fluxlab.model.modulation import Modulation, ModulationOut
 from fluxlab.weights.layouts import to_diffusers
-from tests.conftest import SMALL, randomise
+from tests.helpers import SMALL, randomise
 from tests.model.test_against_diffusers import diffusers_transformer
 
 

@@ -15,7 +15,7 @@ from fluxlab.glossary import table
 from fluxlab.inspect.onnx.export import GRAPHS
 from fluxlab.model.blocks import DoubleStreamBlock, SingleStreamBlock
 from fluxlab.weights.find import data_folder
-from tests.conftest import randomise
+from tests.helpers import randomise
 
 EXPORTED = data_folder().parent / "exported"
 

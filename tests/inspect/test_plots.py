@@ -10,7 +10,7 @@ from PIL import Image
 
 import fluxlab as fl
 from fluxlab.inspect.explore import explore, view
-from tests.conftest import randomise
+from tests.helpers import randomise
 
 NAMES = ["*.output", "*mod*.shift*", "*mod*.scale*", "*mod*.gate*", "*.attention", "double_blocks.0.q"]
 

@@ -10,7 +10,7 @@ from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
 from fluxlab.weights.convert import diffusers_config
 from fluxlab.weights.layouts import from_diffusers, to_diffusers
-from tests.conftest import SMALL, SMALL_AUTOENCODER, randomise, small_inputs
+from tests.helpers import SMALL, SMALL_AUTOENCODER, randomise, small_inputs
 
 KINDS = {
     "dev": SMALL,

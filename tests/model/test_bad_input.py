@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fluxlab as fl
-from tests.conftest import SMALL, small_inputs
+from tests.helpers import SMALL, small_inputs
 
 CASES = {
     "a wrong channel count": ({"img": torch.zeros(1, 12, 60)}, r"img has shape \(1, 12, 60\); .* takes \(1, 12, 64\)"),

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fluxlab.model import linear as fast
 from fluxlab.model.blocks import MLP
 from fluxlab.model.linear import Linear, linear_gelu
-from tests.conftest import randomise
+from tests.helpers import randomise
 
 onednn = pytest.mark.skipif(torch.float32 not in fast._known(), reason="this processor has no oneDNN worth the asking")
 bfloat16 = pytest.mark.skipif(torch.bfloat16 not in fast._known(), reason="this processor has no bfloat16 products")

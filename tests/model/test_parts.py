@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
 import fluxlab as fl
 from fluxlab.model.rope import EmbedND
-from tests.conftest import SMALL, randomise, small_inputs
+from tests.helpers import SMALL, randomise, small_inputs
 
 
 def test_the_timestep_embedding_has_the_published_values():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fluxlab as fl
 from fluxlab.model.rope import EmbedND
-from tests.conftest import SMALL, randomise, small_inputs
+from tests.helpers import SMALL, randomise, small_inputs
 
 settings.register_profile("fluxlab", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("fluxlab")

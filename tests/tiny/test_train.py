@@ -26,7 +26,7 @@ from fluxlab.tiny.world import Scene, Thing, draw_scene
 from fluxlab.weights.files import Checkpoint
 from fluxlab.weights.find import data_folder
 from fluxlab.weights.load import load_weights
-from tests.conftest import randomise
+from tests.helpers import randomise
 
 
 def test_all_stages_run_resume_and_write_what_the_library_loads(tmp_path, monkeypatch):

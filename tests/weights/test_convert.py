@@ -15,7 +15,7 @@ from fluxlab.cli import app
 from fluxlab.weights.convert import convert, convert_part
 from fluxlab.weights.files import Checkpoint, write_tensors
 from fluxlab.weights.load import autoencoder_config
-from tests.conftest import SMALL, SMALL_AUTOENCODER, linux, peak_anonymous_memory, randomise
+from tests.helpers import SMALL, SMALL_AUTOENCODER, linux, peak_anonymous_memory, randomise
 
 TINY = fl.VARIANTS["flux-tiny-dev"]
 PROMPT = "a small red circle left of a large blue square on a white background"

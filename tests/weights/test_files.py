@@ -14,7 +14,7 @@ import fluxlab as fl
 from fluxlab.weights.convert import convert
 from fluxlab.weights.files import Checkpoint, write_tensors
 from fluxlab.weights.find import data_folder, find_files
-from tests.conftest import SMALL, linux, peak_anonymous_memory, randomise
+from tests.helpers import SMALL, linux, peak_anonymous_memory, randomise
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing.connection import Client, Listener
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from subprocess import PIPE, Popen
+from threading import Thread
 
 
 @contextmanager
@@ -31,10 +32,16 @@ def copied_kernels(folder: Path) -> Iterator[None]:
 
 
 def ask(address: str, arguments: list[str]) -> None:
-    with Client(address) as serving:
-        serving.send((arguments, os.getcwd(), dict(os.environ)))
-        with suppress(EOFError):  # the copy holds the other end for as long as it lives
-            serving.recv()
+    with Client(address) as copy:
+        copy.send((arguments, os.getcwd(), dict(os.environ)))
+        wait_for(copy)
+
+
+def wait_for(other: Connection) -> None:
+    """Either end of the connection lives as long as the other: the copy may be done, the asking process be killed."""
+    with suppress(EOFError, OSError):
+        other.recv()
+    os._exit(0)
 
 
 def serve(address: str) -> None:
@@ -54,6 +61,7 @@ def serve(address: str) -> None:
             os.chdir(folder)
             os.environ.clear()
             os.environ.update(environment)
+            Thread(target=wait_for, args=(asking,), daemon=True).start()
             return launch_new_instance(argv=arguments)
         asking.close()
 

@@ -50,6 +50,15 @@ def test_the_output_is_the_same_to_the_bit(model, inputs):
     assert torch.equal(plain, watched)
 
 
+def test_the_tape_counts_what_it_holds(model, inputs, tmp_path):
+    with torch.no_grad(), fl.capture(model, "*.output") as tape:
+        model(**inputs)
+        model(**inputs)
+    held = sum(tensor.nbytes for i in range(2) for tensor in tape.forward(i).values())
+    tape.save(tmp_path / "tape.safetensors")
+    assert tape.nbytes == fl.Tape.load(tmp_path / "tape.safetensors").nbytes == held > 0
+
+
 def traces(model):
     return [
         (name, module.__dict__.get("observers"), list(module._forward_hooks), list(module._forward_pre_hooks))

@@ -164,7 +164,7 @@ def test_what_cannot_be_painted_is_refused(tiny, options, message):
 )
 def test_pictures_follow_prompts_that_training_never_saw(name, least):
     """At the variant's own settings: 20 steps at guidance 4, and 4 steps. The card has the shares of 256 prompts."""
-    right = measure(fl.load(name), number=32)
+    right = measure(fl.load(name), number=64)
     assert all(right[attribute] >= bound for attribute, bound in least.items()), right
 
 

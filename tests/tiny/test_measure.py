@@ -14,7 +14,7 @@ def pictures(number, seed=0, **options):
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_true_pictures_are_judged_right(held_out):
-    judged = report((picture.pixels, picture.scene) for picture in pictures(40, held_out=held_out))
+    judged = report((picture.pixels, picture.scene) for picture in pictures(60, held_out=held_out))
     assert all(value >= 0.99 for value in judged.values()), judged
 
 

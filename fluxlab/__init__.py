@@ -1,29 +1,29 @@
 """fluxlab: FLUX.1, the whole model, open to look into. ``import fluxlab as fl``."""
 
 from fluxlab.config import VARIANTS, AutoEncoderConfig, ConfigError, FluxConfig, Variant, variant
+from fluxlab.course.exercise import check
+from fluxlab.files import WeightsError
 from fluxlab.inspect import plots
 from fluxlab.inspect.block_diagram import block_diagram
 from fluxlab.inspect.capture import Tape, capture, patch
 from fluxlab.inspect.compare import compare
 from fluxlab.inspect.diagram import model_map
-from fluxlab.inspect.exercise import check
 from fluxlab.inspect.explain import explain
 from fluxlab.inspect.explore import explore
 from fluxlab.inspect.graph import graph
 from fluxlab.inspect.names import tensor_names
-from fluxlab.inspect.onnx.export import export_onnx
 from fluxlab.inspect.tables import flops, memory, parameter_table, summary
 from fluxlab.inspect.working_memory import working_memory
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.embeddings import timestep_embedding
 from fluxlab.model.rope import apply_rope, rope
 from fluxlab.model.transformer import Flux, build
+from fluxlab.onnx.export import export_onnx
 from fluxlab.pipeline.inputs import FluxInputs, example_inputs
 from fluxlab.pipeline.latents import image_ids, noise, pack, text_ids, unpack
 from fluxlab.pipeline.pipeline import Pipeline, load
 from fluxlab.pipeline.sampling import Step, denoise
 from fluxlab.pipeline.schedule import schedule
-from fluxlab.weights.files import WeightsError
 from fluxlab.weights.load import load_weights
 
 __version__ = "0.1.0"

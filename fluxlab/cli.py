@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 import fluxlab as fl
-from fluxlab.inspect.onnx.export import GRAPHS
-from fluxlab.weights.files import replacing
+from fluxlab.files import replacing
+from fluxlab.onnx.export import GRAPHS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -111,7 +111,7 @@ def export(
             raise _fail(error) from error
         typer.echo(f"{target}: {target.stat().st_size / 1e3:,.0f} kB")
         return
-    from fluxlab.inspect.gallery import gallery
+    from fluxlab.course.gallery import gallery
 
     output.mkdir(parents=True, exist_ok=True)
 

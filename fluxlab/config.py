@@ -10,6 +10,8 @@ import difflib
 from dataclasses import dataclass, replace
 from typing import Any
 
+EMBEDDING_DIM = 256  # numbers of the sinusoid that a time or a guidance becomes, in every model
+
 
 class ConfigError(ValueError):
     """A config whose numbers do not fit together, or a variant that does not exist."""

@@ -16,10 +16,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
-from fluxlab.config import FluxConfig
+from fluxlab.config import EMBEDDING_DIM, FluxConfig
 
 Kind = Literal["input", "tensor", "weight", "symbol"]
-EMBEDDING = 256  # numbers of the sinusoid that a time or a guidance becomes
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Entry:
         c = config
         sizes = {"B": batch, "T": text, "I": image, "L": text + image, "C": c.hidden_size, "H": c.num_heads}
         sizes |= {"D": c.head_dim, "M": c.mlp_hidden_dim, "V": c.vec_in_dim, "X": c.context_in_dim}
-        sizes |= {"P": c.in_channels, "O": c.out_channels, "A": len(c.axes_dim), "E": EMBEDDING}
+        sizes |= {"P": c.in_channels, "O": c.out_channels, "A": len(c.axes_dim), "E": EMBEDDING_DIM}
         return tuple(_size(axis, sizes) for axis in self.axes.split())
 
 
@@ -305,7 +304,7 @@ def expand(entry: Entry, config: FluxConfig) -> list[Entry]:
     return [replace(entry, name=entry.name.replace("{i}", str(i))) for i in range(blocks)]
 
 
-def table(config: FluxConfig, *kinds: Kind) -> dict[str, Entry]:
+def named(config: FluxConfig, *kinds: Kind) -> dict[str, Entry]:
     """Every name of these kinds that a model of this config has, block by block."""
     listed = [entry for entry in entries() if entry.kind in kinds]
     heads = list(dict.fromkeys(entry.name.split("{i}")[0] for entry in listed))

@@ -17,10 +17,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fluxlab.files import Checkpoint, WeightsError, write_tensors
 from fluxlab.inspect.names import Names, choose
 from fluxlab.inspect.table import Table
 from fluxlab.model.observe import Observed
-from fluxlab.weights.files import Checkpoint, WeightsError, write_tensors
 
 Range = slice | Literal["text", "image"] | None
 Change = Callable[[Tensor], Tensor]

@@ -9,8 +9,8 @@ from html import escape
 from pathlib import Path
 
 from fluxlab.config import Variant, variant
+from fluxlab.files import write_text
 from fluxlab.pipeline.latents import COMPRESSION, PATCH, PIXELS, grid
-from fluxlab.weights.files import write_text
 
 _WIDTH, _HEIGHT = 1030, 1106
 INK, QUIET, LINE = "#1f2933", "#5f6b7a", "#8795a1"

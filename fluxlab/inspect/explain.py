@@ -14,7 +14,7 @@ from torch import nn
 
 from fluxlab.config import Variant
 from fluxlab.config import variant as find_variant
-from fluxlab.glossary import Entry, autoencoder_entry, entries, expand, table
+from fluxlab.glossary import Entry, autoencoder_entry, entries, expand, named
 from fluxlab.inspect import capture
 from fluxlab.inspect.names import nearest
 from fluxlab.model.attention import attention
@@ -42,19 +42,19 @@ def explain(name: str, variant: str = "flux-dev") -> None:
 def explanation(name: str, variant: str = "flux-dev") -> str:
     """What ``explain`` prints."""
     chosen = find_variant(variant)
-    named = table(chosen.transformer, "input", "tensor", "weight", "symbol")
+    known = named(chosen.transformer, "input", "tensor", "weight", "symbol")
     found = [
         entry
         for entry in entries()
         if any(each.name == name or fnmatchcase(each.name, name) for each in expand(entry, chosen.transformer))
         or ("{i}" in entry.name and entry.name == name)
     ]
-    if name in named:  # one block's own
+    if name in known:  # one block's own
         found = [replace(found[0], name=name)]
     if not found and name.startswith(("encoder.", "decoder.")):
         return _of_autoencoder(name, chosen)
     if not found:
-        raise ValueError(f"{name!r} is no name of {variant}; {nearest(name, list(named))}")
+        raise ValueError(f"{name!r} is no name of {variant}; {nearest(name, list(known))}")
     model = build(variant, device="meta")
     return "\n\n".join(_told(entry, chosen, model) for entry in found)
 

@@ -10,7 +10,7 @@ from fnmatch import filter as matching
 from torch import nn
 
 from fluxlab.config import variant
-from fluxlab.glossary import entries, table
+from fluxlab.glossary import entries, named
 from fluxlab.inspect.table import Table
 from fluxlab.model.blocks import DoubleStreamBlock, SingleStreamBlock
 from fluxlab.model.transformer import Flux
@@ -34,7 +34,7 @@ def tensor_names(name: str, height: int | None = None, width: int | None = None,
     """
     chosen = variant(name)
     rows, columns = grid(*(chosen.size if side is None else side for side in (height, width)))
-    found = table(chosen.transformer, "tensor")
+    found = named(chosen.transformer, "tensor")
     sizes = {"batch": batch, "text": chosen.t5_length, "image": rows * columns}
     return Table(
         {"name": each, "shape": entry.shape(chosen.transformer, **sizes), "axes": entry.axes, "what": entry.meaning}
@@ -45,7 +45,7 @@ def tensor_names(name: str, height: int | None = None, width: int | None = None,
 def available(module: nn.Module) -> list[str]:
     """The names that a pattern is matched with: the glossary's for a ``Flux`` or its blocks, else each layer's."""
     if isinstance(module, Flux):
-        return ["img", *table(module.config, "tensor")]
+        return ["img", *named(module.config, "tensor")]
     if isinstance(module, DoubleStreamBlock | SingleStreamBlock):
         head = "double_blocks.{i}." if isinstance(module, DoubleStreamBlock) else "single_blocks.{i}."
         return [e.name.removeprefix(head) for e in entries() if e.kind == "tensor" and e.name.startswith(head)]

@@ -16,10 +16,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from fluxlab.config import variant
+from fluxlab.config import EMBEDDING_DIM, variant
 from fluxlab.inspect.capture import Tape
 from fluxlab.inspect.table import Table
-from fluxlab.model.embeddings import EMBEDDING_DIM, timestep_embedding
+from fluxlab.model.embeddings import timestep_embedding
 from fluxlab.model.rope import rope
 from fluxlab.pipeline.latents import grid
 from fluxlab.pipeline.schedule import schedule as make_schedule

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxlab.config import FluxConfig, Variant, variant
-from fluxlab.glossary import table as names
+from fluxlab.glossary import named
 from fluxlab.inspect.table import Table
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import build
@@ -90,7 +90,7 @@ def parameter_table(name: str, by: Literal["part", "kind"] = "part") -> Table:
         raise ValueError(f"by is {by!r}; it is 'part' or 'kind'")
     c = variant(name).transformer
     counts: dict[str, int] = {}
-    for weight, entry in names(c, "weight").items():
+    for weight, entry in named(c, "weight").items():
         shape = entry.shape(c)
         number = shape[0] * (shape[1] if len(shape) > 1 else 1)
         parts = {_part(weight, c): number} if by == "part" else kinds_of(weight, number, c)
@@ -156,7 +156,7 @@ def flops(
     c = chosen.transformer
     image, text = _tokens(chosen, height, width, text_tokens, batch)
     counts: dict[str, int] = {}
-    for weight, entry in names(c, "weight").items():
+    for weight, entry in named(c, "weight").items():
         if len(shape := entry.shape(c)) == 2:
             cost = 2 * batch * _rows(weight, image, text) * shape[0] * shape[1]
             counts[_work(weight)] = counts.get(_work(weight), 0) + cost

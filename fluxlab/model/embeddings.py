@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fluxlab.config import EMBEDDING_DIM
 from fluxlab.model.linear import Linear
 
 TIME_FACTOR = 1000.0  # t in [0, 1] and guidance are both multiplied by this before they are embedded
-EMBEDDING_DIM = 256  # width of the sinusoidal embedding, for both
 
 
 def timestep_embedding(

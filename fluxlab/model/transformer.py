@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from fluxlab.config import ConfigError, FluxConfig, variant
+from fluxlab.config import EMBEDDING_DIM, ConfigError, FluxConfig, variant
 from fluxlab.model.blocks import DoubleStreamBlock, LastLayer, SingleStreamBlock
-from fluxlab.model.embeddings import EMBEDDING_DIM, MLPEmbedder, timestep_embedding
+from fluxlab.model.embeddings import MLPEmbedder, timestep_embedding
 from fluxlab.model.linear import Linear
 from fluxlab.model.observe import Observed
 from fluxlab.model.rope import EmbedND

@@ -10,8 +10,8 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from fluxlab.config import variant
+from fluxlab.files import WeightsError, describe_difference, read_tensors, write_tensors
 from fluxlab.pipeline.latents import grid, image_ids, text_ids
-from fluxlab.weights.files import WeightsError, describe_difference, read_tensors, write_tensors
 
 
 @dataclass

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fluxlab.weights.files import WeightsError, listed
+from fluxlab.files import WeightsError, listed
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import trange
 
+from fluxlab.files import read_tensors
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.embeddings import timestep_embedding
 from fluxlab.model.transformer import Flux
@@ -23,7 +24,6 @@ from fluxlab.tiny.pictures import Pictures, cached, number_of
 from fluxlab.tiny.recipe import Recipe
 from fluxlab.tiny.train_flow import DEV, SCHNELL, compiled, flow_inputs, noisy, sample_grid
 from fluxlab.tiny.world import PICTURE_SIZES
-from fluxlab.weights.files import read_tensors
 
 
 def distil_guidance(run: Path, recipe: Recipe, autoencoder: AutoEncoder, teacher: Flux, text: TextEncoders) -> Flux:

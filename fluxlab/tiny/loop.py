@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
+from fluxlab.files import Checkpoint, write_tensors, write_text
 from fluxlab.tiny.recipe import Recipe
-from fluxlab.weights.files import Checkpoint, write_tensors, write_text
 
 
 def fit(

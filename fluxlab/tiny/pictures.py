@@ -17,13 +17,13 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from fluxlab.config import VARIANTS
+from fluxlab.files import read_tensors, write_tensors
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.pipeline.latents import image_ids, pack
 from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.recipe import Recipe
 from fluxlab.tiny.truth import of_tokens
 from fluxlab.tiny.world import PICTURE_SIZES, Picture, random_picture
-from fluxlab.weights.files import read_tensors, write_tensors
 
 SIZE = VARIANTS["flux-tiny-dev"].size
 

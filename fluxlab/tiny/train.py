@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from fluxlab.files import WeightsError, write_tensors, write_text
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.pipeline import Pipeline
@@ -40,7 +41,6 @@ from fluxlab.tiny.train_autoencoder import train_autoencoder
 from fluxlab.tiny.train_flow import DEV, SCHNELL, train_flow
 from fluxlab.tiny.train_text import train_text
 from fluxlab.weights.convert import factors
-from fluxlab.weights.files import WeightsError, write_tensors, write_text
 from fluxlab.weights.load import autoencoder_config, load_weights
 
 TEACHER = "training/teacher.safetensors"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fluxlab.config import AutoEncoderConfig, Variant
-from fluxlab.weights.files import Checkpoint, Entry, WeightsError, read_json, replacing, stream_tensors, write_text
+from fluxlab.files import Checkpoint, Entry, WeightsError, read_json, replacing, stream_tensors, write_text
 from fluxlab.weights.find import Files, find_files
 from fluxlab.weights.layouts import Config, rules
 from fluxlab.weights.load import autoencoder_config, check_shapes, diffusers_shapes, official_shapes

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fluxlab.config import Variant
-from fluxlab.weights.files import WeightsError, read_json
+from fluxlab.files import WeightsError, read_json
 
 _T5_TOKENIZER = (("tokenizer.json",), ("spiece.model",))  # either will do
 _CLIP_TOKENIZER = (("tokenizer.json",), ("vocab.json", "merges.txt"))

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from fluxlab.config import VARIANTS, AutoEncoderConfig, FluxConfig, Variant
+from fluxlab.files import Checkpoint, WeightsError, describe_difference, listed, read_json
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
-from fluxlab.weights.files import Checkpoint, WeightsError, describe_difference, listed, read_json
 from fluxlab.weights.layouts import Config, to_diffusers
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fluxlab as fl
-from fluxlab.glossary import table as names
+from fluxlab.glossary import named
 from fluxlab.inspect.table import Table
 
 
@@ -144,5 +144,5 @@ def test_a_table_is_rows_for_pandas_and_text_for_readers():
 @pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "flux-fill-dev", "flux-tiny-schnell"])
 def test_the_glossary_has_every_weight_with_its_shape_and_no_other(name):
     model = fl.build(name, device="meta")
-    listed = {each: entry.shape(model.config) for each, entry in names(model.config, "weight").items()}
+    listed = {each: entry.shape(model.config) for each, entry in named(model.config, "weight").items()}
     assert listed == {each: tuple(weight.shape) for each, weight in model.state_dict().items()}

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import fluxlab as fl
 from fluxlab.cli import app
+from fluxlab.files import Checkpoint
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.tiny import train_autoencoder as first_stage
 from fluxlab.tiny.distil import without_guidance
@@ -23,7 +24,6 @@ from fluxlab.tiny.train_autoencoder import train_autoencoder
 from fluxlab.tiny.train_flow import SCHNELL, initialise, train_flow
 from fluxlab.tiny.truth import OPTIONS, SLOTS, answer_loss, of_slots, of_tokens
 from fluxlab.tiny.world import Scene, Thing, draw_scene
-from fluxlab.weights.files import Checkpoint
 from fluxlab.weights.find import data_folder
 from fluxlab.weights.load import load_weights
 from tests.helpers import randomise

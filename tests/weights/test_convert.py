@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 import fluxlab as fl
 from fluxlab.cli import app
+from fluxlab.files import Checkpoint, write_tensors
 from fluxlab.weights.convert import convert, convert_part
-from fluxlab.weights.files import Checkpoint, write_tensors
 from fluxlab.weights.load import autoencoder_config
 from tests.helpers import SMALL, SMALL_AUTOENCODER, linux, peak_anonymous_memory, randomise
 

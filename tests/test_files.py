@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
 import fluxlab as fl
+from fluxlab.files import Checkpoint, write_tensors
 from fluxlab.weights.convert import convert
-from fluxlab.weights.files import Checkpoint, write_tensors
 from fluxlab.weights.find import data_folder, find_files
 from tests.helpers import SMALL, linux, peak_anonymous_memory, randomise
 
@@ -330,7 +330,7 @@ def test_a_file_without_permission_is_refused(checkpoint, monkeypatch):
     def forbidden(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("fluxlab.weights.files.safe_open", forbidden)
+    monkeypatch.setattr("fluxlab.files.safe_open", forbidden)
     with pytest.raises(fl.WeightsError, match=r"cannot be read .*Permission denied.*; look at its permissions"):
         fl.load_weights(on_meta(), path)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fluxlab.inspect.others import KINDS, OTHERS, kinds, other
+from fluxlab.course.others import KINDS, OTHERS, kinds, other
 
 COUNTS = {  # counted from the published configs and checkpoints
     "Llama 7B": 6_738_415_616,

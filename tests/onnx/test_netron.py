@@ -16,7 +16,7 @@ import pytest
 import websocket
 from PIL import Image
 
-from fluxlab.inspect.onnx.export import GRAPHS
+from fluxlab.onnx.export import GRAPHS
 from fluxlab.weights.find import data_folder
 
 CHROMIUM = next(

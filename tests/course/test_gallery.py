@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxlab.inspect.gallery import PROMPTS, gallery
+from fluxlab.course.gallery import PROMPTS, gallery
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import torch
 from onnx import TensorProto
 
 import fluxlab as fl
-from fluxlab.glossary import table
-from fluxlab.inspect.onnx.export import GRAPHS
+from fluxlab.glossary import named
 from fluxlab.model.blocks import DoubleStreamBlock, SingleStreamBlock
+from fluxlab.onnx.export import GRAPHS
 from fluxlab.weights.find import data_folder
 from tests.helpers import randomise
 
@@ -85,7 +85,7 @@ def test_every_weight_and_tensor_has_its_name_shape_and_meaning(tmp_path, name):
     assert {tensor.data_type for tensor in graph.initializer} == {TensorProto.BFLOAT16}
     used = {each for node in graph.node for each in node.input}
     assert set(weights) <= used
-    known = table(model.config, "input", "tensor")
+    known = named(model.config, "input", "tensor")
     for value in [*graph.input, *graph.output, *graph.value_info]:
         sizes = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         free = {"batch": 1, "image_tokens": 4096, "text_tokens": 512, "tokens": 4608}
@@ -112,7 +112,7 @@ def test_a_block_says_what_its_tensors_are_and_has_attention_as_one_node(tmp_pat
     model = structure(tmp_path / "x.onnx")
     functions = {f.name: f for f in model.functions}
     inside = {node.name: node.doc_string for node in functions["DoubleStreamBlock"].node}
-    assert inside["img.middle"] == table(fl.FluxConfig(), "tensor")["double_blocks.0.img.middle"].meaning
+    assert inside["img.middle"] == named(fl.FluxConfig(), "tensor")["double_blocks.0.img.middle"].meaning
     shapes = {value.name: value for value in functions["DoubleStreamBlock"].value_info}
     hidden = shapes["img_attn.proj"].type.tensor_type.shape.dim
     assert [dim.dim_param or dim.dim_value for dim in hidden] == ["batch", "image_tokens", 3072]
@@ -275,7 +275,7 @@ def test_from_prompt_to_picture_on_onnxruntime_and_numpy(exported, tiny):
 
 
 def test_large_weights_go_to_a_file_beside_it(tmp_path, monkeypatch):
-    from fluxlab.inspect.onnx import export
+    from fluxlab.onnx import export
 
     monkeypatch.setattr(export, "_EMBED", 1e6)
     model = randomise(fl.build("flux-tiny-dev"))
@@ -318,7 +318,7 @@ def test_a_folder_that_is_not_there_is_said(tmp_path):
 
 
 def test_an_export_that_is_stopped_leaves_nothing_half_written(tmp_path, monkeypatch):
-    from fluxlab.inspect.onnx import export
+    from fluxlab.onnx import export
 
     def stop(tensor, dtype):
         if tensor.shape == (64,):  # the last weight

@@ -17,10 +17,9 @@ from typing import Literal
 
 from onnx import FunctionProto, GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
 
-from fluxlab.config import FluxConfig
-from fluxlab.glossary import Entry, entries, table
-from fluxlab.inspect.onnx.body import DOMAIN, NEW, Body, linear, silu, value, without_numbers
-from fluxlab.model.embeddings import EMBEDDING_DIM
+from fluxlab.config import EMBEDDING_DIM, FluxConfig
+from fluxlab.glossary import Entry, entries, named
+from fluxlab.onnx.body import DOMAIN, NEW, Body, linear, silu, value, without_numbers
 
 _AXES = {"B": "batch", "T": "text_tokens", "I": "image_tokens", "L": "tokens"}
 _EMBEDDER = ("in_layer.weight", "in_layer.bias", "out_layer.weight", "out_layer.bias")
@@ -277,7 +276,7 @@ def transformer_graph(c: FluxConfig, opset: int, dtype: int, name: str) -> Model
         dtype: of weights and streams, as ONNX numbers it.
         name: of the graph.
     """
-    names = table(c, "input", "weight")
+    names = named(c, "input", "weight")
     given = {key: entry for key, entry in names.items() if entry.kind == "input"}
     weights = {key: entry for key, entry in names.items() if entry.kind == "weight"}
     b = Body(name, [], "", opset)
@@ -314,7 +313,7 @@ def transformer_graph(c: FluxConfig, opset: int, dtype: int, name: str) -> Model
     b.call("LastLayer", image, vec, *(f"final_layer.{w}" for w in last), out="velocity")
     b.nodes[-1].name = "final_layer"
 
-    known = table(c, "tensor")
+    known = named(c, "tensor")
     made = {out for node in b.nodes for out in node.output}
     graph = helper.make_graph(
         b.nodes,

@@ -13,8 +13,8 @@ from onnx import FunctionProto, ModelProto, helper
 
 from fluxlab.config import AutoEncoderConfig
 from fluxlab.glossary import autoencoder_entry
-from fluxlab.inspect.onnx.body import DOMAIN, NEW, Body, silu, value, without_numbers
 from fluxlab.model.autoencoder import AutoEncoder, DownLevel, UpLevel
+from fluxlab.onnx.body import DOMAIN, NEW, Body, silu, value, without_numbers
 
 _RESIDUAL = [f"{part}.{leaf}" for part in ("norm1", "conv1", "norm2", "conv2") for leaf in ("weight", "bias")]
 _SHORTCUT = ["nin_shortcut.weight", "nin_shortcut.bias"]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fluxlab.config import Variant, variant
+from fluxlab.files import describe_difference, replacing
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import build
 from fluxlab.pipeline.text import TextEncoders
-from fluxlab.weights.files import describe_difference, replacing
 from fluxlab.weights.find import find_files
 from fluxlab.weights.load import autoencoder_config, load_weights
 
@@ -105,8 +105,8 @@ def export_onnx(
 def _structure(chosen: Variant, part: Part, source: str | Path | None, dtype: str, opset: int) -> Any:
     from onnx import TensorProto
 
-    from fluxlab.inspect.onnx.autoencoder import autoencoder_graph
-    from fluxlab.inspect.onnx.transformer import block_graph, transformer_graph
+    from fluxlab.onnx.autoencoder import autoencoder_graph
+    from fluxlab.onnx.transformer import block_graph, transformer_graph
 
     kind = getattr(TensorProto, {"float32": "FLOAT"}.get(dtype, dtype.upper()))
     if part in ("encoder", "decoder"):

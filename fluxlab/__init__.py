@@ -5,7 +5,7 @@ from fluxlab.course.exercise import check
 from fluxlab.files import WeightsError
 from fluxlab.inspect import plots
 from fluxlab.inspect.block_diagram import block_diagram
-from fluxlab.inspect.capture import Tape, capture, patch
+from fluxlab.inspect.capture import capture, patch
 from fluxlab.inspect.compare import compare
 from fluxlab.inspect.diagram import model_map
 from fluxlab.inspect.explain import explain
@@ -13,6 +13,7 @@ from fluxlab.inspect.explore import explore
 from fluxlab.inspect.graph import graph
 from fluxlab.inspect.names import tensor_names
 from fluxlab.inspect.tables import flops, memory, parameter_table, summary
+from fluxlab.inspect.tape import Tape
 from fluxlab.inspect.working_memory import working_memory
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.embeddings import timestep_embedding

@@ -6,145 +6,26 @@ Axes: batch B, heads H, tokens L, head width D, channels C.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
-from pathlib import Path
+from numbers import Integral
+from threading import get_ident
 from typing import Any, Literal
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from fluxlab.files import Checkpoint, WeightsError, write_tensors
-from fluxlab.inspect.names import Names, choose
-from fluxlab.inspect.table import Table
-from fluxlab.model.observe import Observed
+from fluxlab.inspect.names import Names, choose, unwrapped
+from fluxlab.inspect.tape import Tape
+from fluxlab.model.observe import observers
 
 Range = slice | Literal["text", "image"] | None
 Change = Callable[[Tensor], Tensor]
 _CHUNK = 64 * 2**20  # bytes of scores at a time
-
-
-class Tape(Mapping[str, Tensor]):
-    """What was captured: ``tape[name]``, and ``tape.forward(i)[name]`` where the model ran more than once."""
-
-    def __init__(self) -> None:
-        self.forwards = 0  # how often the model ran
-        self.text_tokens: int | None = None  # of the run, where it is known
-        self.nbytes = 0  # of memory, all that is kept
-        self._kept: dict[str, dict[int, Tensor]] = {}
-
-    def _keep(self, name: str, index: int, tensor: Tensor) -> None:
-        runs = self._kept.setdefault(name, {})
-        self.nbytes += tensor.nbytes - (runs[index].nbytes if index in runs else 0)
-        runs[index] = tensor
-
-    def __getitem__(self, name: str) -> Tensor:
-        """The tensor of that name, of the one forward that was run.
-
-        Raises:
-            KeyError: it was not captured, or there are several, one for each forward.
-        """
-        runs = self._runs(name)
-        if len(runs) > 1:
-            raise KeyError(
-                f"{name!r} was captured in {len(runs)} forwards; take one, tape.forward(0)[{name!r}], or all of them "
-                f"on a first axis, tape.stack({name!r})"
-            )
-        return next(iter(runs.values()))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._kept)
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def forward(self, index: int) -> dict[str, Tensor]:
-        """All that was captured in one forward; in a sampling run with one forward a step, in one step.
-
-        Raises:
-            IndexError: the model did not run that often, or nothing was captured then.
-        """
-        wanted = index + self.forwards if index < 0 else index
-        found = {name: runs[wanted] for name, runs in self._kept.items() if wanted in runs}
-        if not found:
-            raise IndexError(f"index is {index}, and the forwards that were captured are {self.captured}")
-        return found
-
-    def stack(self, name: str) -> Tensor:
-        """A tensor of every captured forward, on a new first axis."""
-        return torch.stack(list(self._runs(name).values()))
-
-    def _runs(self, name: str) -> dict[int, Tensor]:
-        if name not in self._kept:
-            have = f"captured are {list(self)[:8]}" if self else "nothing was: run the model inside the with block"
-            raise KeyError(f"{name!r} was not captured; {have}")
-        return self._kept[name]
-
-    @property
-    def captured(self) -> list[int]:
-        """Which forwards something was kept of."""
-        return sorted({i for runs in self._kept.values() for i in runs})
-
-    @property
-    def table(self) -> Table:
-        """One row for each name, its numbers taken over all forwards; what is not finite is counted apart."""
-        return Table((self._row(name, list(runs.values())) for name, runs in self._kept.items()), title=self._title())
-
-    def _title(self) -> str:
-        return f"Tape of {self.forwards} forward{'s' * (self.forwards != 1)}, {self.nbytes / 2**20:.1f} MiB"
-
-    @staticmethod
-    def _row(name: str, tensors: list[Tensor]) -> dict[str, Any]:
-        if tensors[0].device.type == "meta":
-            numbers: dict[str, Any] = dict.fromkeys(("mean", "std", "min", "max", "not finite"))
-        else:
-            values = torch.cat([tensor.detach().flatten().double() for tensor in tensors])
-            good = values[values.isfinite()]
-            bad = values.numel() - good.numel()
-            some = good.numel() > 0
-            numbers = {
-                "mean": good.mean().item() if some else None,
-                "std": good.std(correction=0).item() if some else None,
-                "min": good.min().item() if some else None,
-                "max": good.max().item() if some else None,
-                "not finite": f"{bad}!" if bad else "",
-            }
-        kind = str(tensors[0].dtype).removeprefix("torch.")
-        times = {} if len(tensors) == 1 else {"forwards": len(tensors)}
-        return {"name": name, **times, "shape": tuple(tensors[0].shape), "dtype": kind, **numbers}
-
-    def __repr__(self) -> str:
-        return repr(self.table) if self else f"{self._title()}: nothing captured yet"
-
-    def _repr_html_(self) -> str:
-        return self.table._repr_html_()
-
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file, one tensor for each name and forward."""
-        tensors = {f"{i}/{name}": tensor for name, runs in self._kept.items() for i, tensor in runs.items()}
-        about = {"forwards": str(self.forwards), "text_tokens": str(self.text_tokens or "")}
-        write_tensors(tensors, path, about)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Tape:
-        """Read what ``save`` wrote.
-
-        Raises:
-            WeightsError: the file is not readable as safetensors, or is not a tape.
-        """
-        saved = Checkpoint(path)
-        if "forwards" not in saved.metadata:
-            raise WeightsError(f"{path}: not a tape; a tape is what tape.save writes")
-        tape = cls()
-        tape.forwards = int(saved.metadata["forwards"])
-        tape.text_tokens = int(saved.metadata["text_tokens"] or 0) or None
-        for key in saved.entries:
-            index, name = key.split("/", 1)
-            tape._keep(name, int(index), saved[key])
-        return tape
 
 
 @contextmanager
@@ -163,12 +44,11 @@ def capture(
 ) -> Iterator[Tape]:
     """Keep named tensors of what the model runs inside the ``with`` block.
 
-    The run is the same as without, to the bit; but in bfloat16 on a CPU, where an MLP's way in (``img_mlp.0``,
-    ``txt_mlp.0``, ``linear1``) or GELU (``img_mlp.1``, ``txt_mlp.1``, ``mlp_act``) is kept, the two are computed one
-    after the other and not at once, which rounds the hidden features once more.
+    The run is the same as without, to the bit. A model that was compiled runs eagerly meanwhile, and is as it was
+    afterwards. Runs in other threads are not seen, and a copy of the model is another model.
 
     Args:
-        model: a ``Flux``, one of its blocks, or any module; of others, the outputs of the layers have names.
+        model: a ``Flux``, one of its blocks, or any module, compiled or not; of others, the layers' outputs have names.
         names: a name, a pattern such as ``"double_blocks.*.img.output"``, a list of them, or a function of a name.
             Attention weights (``"double_blocks.7.attention"``) are computed only where the pattern has that word.
         heads: of the attention weights, these heads alone.
@@ -182,12 +62,14 @@ def capture(
 
     Raises:
         ValueError: a name picks nothing; heads or tokens that the model has not; a dtype that holds no fractions; a
-            tensor made outside the model's forward.
+            tensor made outside the model's forward; at the end of the block, a model that did not run in it, a forward
+            that was asked for and not run, or a name that no forward made.
         MemoryError: the tape would grow above the limit.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype is {dtype!r}; give a floating dtype of torch, such as torch.float16")
-    tape, chosen = Tape(), choose(model, names)
+    heads, forwards = _counted("heads", heads), _counted("forwards", forwards)
+    tape = Tape()
 
     def keep(name: str, tensor: Tensor, nbytes: int | None = None) -> bool:
         """Whether this forward is wanted, and there is room."""
@@ -210,7 +92,7 @@ def capture(
         kept = tensor.detach().to(device=device, dtype=dtype)
         if kept.untyped_storage().nbytes() > kept.nbytes or kept.data_ptr() == tensor.data_ptr():
             kept = kept.clone()  # a view would keep all that it is a view of, and change when that is changed
-        tape._keep(name, tape.forwards - 1, kept)
+        tape.put(name, tape.forwards - 1, kept)
 
     def take(name: str, tensor: Tensor) -> Tensor:
         if keep(name, tensor):
@@ -225,12 +107,26 @@ def capture(
             put(name, attention_weights(q, k, picked, rows, columns, mean_heads))
         return attended
 
-    def started(text: int | None) -> None:
+    def started() -> None:
         tape.forwards += 1
-        tape.text_tokens = text
 
-    with _watching(model, chosen, take, attend, started):
+    def text_is(tokens: int) -> None:
+        tape.text_tokens = tokens
+
+    with _watching(model, names, take, attend, started, text_is):
         yield tape
+    if late := [index for index in forwards or () if index >= tape.forwards]:
+        raise ValueError(f"forwards has {late[0]}, counted from 0, and the model ran {tape.forwards} times")
+
+
+def _counted(name: str, given: Any) -> list[int] | None:
+    """A list of whole numbers from 0, or nothing."""
+    if given is None:
+        return None
+    found = list(given) if isinstance(given, Iterable) else []
+    if not found or not all(isinstance(each, Integral) and int(each) >= 0 for each in found):
+        raise ValueError(f"{name} is {given!r}; give a list of whole numbers, counted from 0, such as [0, 2]")
+    return [int(each) for each in found]
 
 
 @contextmanager
@@ -243,11 +139,9 @@ def patch(model: nn.Module, name: Names, change: Change) -> Iterator[None]:
         change: takes the tensor and gives the one to go on with, of the same shape, dtype and device.
 
     Raises:
-        ValueError: a name picks nothing or cannot be changed; the change gave something that does not fit.
+        ValueError: a name picks nothing or cannot be changed; the change gave something that does not fit; at the end
+            of the block, a model that did not run in it, or a name that no forward made.
     """
-    chosen = choose(model, name)
-    if "clean" in chosen:
-        raise ValueError("'clean' is worked out from the velocity and does not go on; change 'velocity' instead")
 
     def apply(name: str, tensor: Tensor) -> Tensor:
         changed = change(tensor)
@@ -260,7 +154,9 @@ def patch(model: nn.Module, name: Names, change: Change) -> Iterator[None]:
         weights = attention_weights(q, k, range(q.shape[1]), slice(None), slice(None)).to(v.dtype)
         return rearrange(apply(name, weights) @ v, "b h l d -> b l (h d)")
 
-    with _watching(model, chosen, apply, attend, lambda text: None):
+    with _watching(model, name, apply, attend) as chosen:
+        if "clean" in chosen:
+            raise ValueError("'clean' is worked out from the velocity and does not go on; change 'velocity' instead")
         yield
 
 
@@ -323,80 +219,98 @@ def _length(chosen: slice, q: Tensor) -> int:
 # How a module is watched
 # ---------------------------------------------------------------------------------------------------------------------
 
+Take = Callable[[str, Tensor], Tensor]
 Attend = Callable[[str, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @contextmanager
 def _watching(
     model: nn.Module,
-    names: Sequence[str],
-    take: Callable[[str, Tensor], Tensor],
+    names: Names,
+    take: Take,
     attend: Attend,
-    started: Callable[[int | None], None],
-) -> Iterator[None]:
-    """Each named tensor passes ``take``, and q, k, v and the output of named attention pass ``attend``."""
-    modules = dict(model.named_modules())
-    points: dict[str, set[str]] = {}
-    given: dict[str, Any] = {}
+    started: Callable[[], None] = lambda: None,
+    text_is: Callable[[int], None] = lambda tokens: None,
+) -> Iterator[list[str]]:
+    """Each named tensor passes ``take``, and q, k, v and the output of named attention pass ``attend``.
 
-    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given.update(signature(module.forward).bind(*args, **kwargs).arguments)
-        text = given.get("txt")
-        started(text.shape[1] if isinstance(text, Tensor) else None)
+    Nothing is put on the model: PyTorch's hooks for all modules, and the observers of this thread, ask which module it
+    is. So copies are not watched, other threads neither, and nothing can stay behind.
+    """
+    modules = unwrapped(model)
+    model = modules[""]
+    chosen, groups = choose(model, names)
+    outputs = {modules[name]: name for name in chosen if name in modules}
+    points: dict[tuple[nn.Module, str], str] = {}  # a module and a name below it, to the whole name
+    for name in chosen:
+        if name not in modules:
+            owner = max((path for path in modules if not path or name.startswith(f"{path}.")), key=len)
+            points[modules[owner], name[len(owner) :].lstrip(".")] = name
+    thread, seen, runs = get_ident(), set[str](), 0
 
-    with ExitStack() as undo:
-        undo.callback(given.clear)
-        undo.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
-        for name in names:
-            if name in modules:
-                undo.callback(modules[name].register_forward_hook(_on_output(name, take)).remove)
-            else:
-                owner = max((path for path in modules if not path or name.startswith(f"{path}.")), key=len)
-                points.setdefault(owner, set()).add(name[len(owner) :].lstrip("."))
-        for owner, wanted in points.items():
-            module = modules[owner]
-            assert isinstance(module, Observed)
-            observer = _observer(f"{owner}." if owner else "", wanted, take, attend, given)
-            module.observers = (*module.observers, observer)
-            undo.callback(_leave, module, observer)
-        yield
+    def taken(name: str, *tensors: Tensor) -> Tensor:
+        seen.add(name)
+        return take(name, *tensors) if len(tensors) == 1 else attend(name, *tensors)
+
+    def before(module: nn.Module, args: Any) -> None:
+        nonlocal runs
+        if module is model and get_ident() == thread:
+            runs += 1
+            started()
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if get_ident() != thread:
+            return None
+        if module is model and (model, "clean") in points:
+            given = signature(model.forward).bind(*args, **kwargs).arguments
+            img, t = given["img"][..., : output.shape[-1]], given["timesteps"][:, None, None].to(output.device)
+            taken("clean", img - (t * output).to(output.dtype))
+        return _each(outputs[module], output, taken) if module in outputs else None
+
+    before_handle = register_module_forward_pre_hook(before)
+    after_handle = register_module_forward_hook(after, with_kwargs=True)
+    observer = _observer(points, taken, text_is)
+    observers.set((*observers.get(), observer))
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield chosen
+    finally:
+        observers.set(tuple(each for each in observers.get() if each is not observer))
+        before_handle.remove()
+        after_handle.remove()
+    if not runs:
+        raise ValueError(
+            f"the {type(model).__name__} that was given did not run inside the with block, so there is nothing to see "
+            f"or to change; run that very module there, in this thread, not a copy or an exported form of it"
+        )
+    if unmade := [group for group, those in groups.items() if not seen.intersection(those)]:
+        raise ValueError(f"{unmade[0]!r} was made by none of the {runs} forwards, so it was neither seen nor changed")
 
 
-def _on_output(name: str, take: Callable[[str, Tensor], Tensor]) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return take(name, output)
-        if isinstance(output, tuple):
-            return tuple(take(f"{name}.{i}", part) for i, part in enumerate(output))
-        raise ValueError(f"{name} gives a {type(output).__name__}, not a tensor; name one of its parts")
-
-    return hook
+def _each(name: str, output: Any, take: Take) -> Any:
+    """What a layer gives, one tensor or several."""
+    if isinstance(output, Tensor):
+        return take(name, output)
+    if isinstance(output, tuple):
+        return tuple(take(f"{name}.{i}", part) for i, part in enumerate(output))
+    raise ValueError(f"{name} gives a {type(output).__name__}, not a tensor; name one of its parts")
 
 
 def _observer(
-    prefix: str, wanted: set[str], take: Callable[[str, Tensor], Tensor], attend: Attend, given: dict[str, Any]
-) -> Callable[[str, Tensor], Tensor]:
-    parts: dict[str, Tensor] = {}
+    points: dict[tuple[nn.Module, str], str], take: Callable[..., Tensor], text_is: Callable[[int], None]
+) -> Callable[[nn.Module, str, Tensor], Tensor]:
+    parts: dict[tuple[nn.Module, str], Tensor] = {}
 
-    def see(point: str, tensor: Tensor) -> Tensor:
-        if point in wanted:
-            tensor = take(prefix + point, tensor)
-        if "attention" in wanted and point in ("q", "k", "v"):
-            parts[point] = tensor
-        elif "attention" in wanted and point == "attended":
-            tensor = attend(f"{prefix}attention", parts.pop("q"), parts.pop("k"), parts.pop("v"), tensor)
-        if "clean" in wanted and point == "img":
-            parts["img"] = tensor
-        elif "clean" in wanted and point == "velocity":
-            t = given["timesteps"][:, None, None].to(tensor.device)
-            take("clean", parts.pop("img")[..., : tensor.shape[-1]] - (t * tensor).to(tensor.dtype))
+    def see(module: nn.Module, point: str, tensor: Tensor) -> Tensor:
+        if point == "txt.input":
+            text_is(tensor.shape[1])
+        if name := points.get((module, point)):
+            tensor = take(name, tensor)
+        if name := points.get((module, "attention")):
+            if point in ("q", "k", "v"):
+                parts[module, point] = tensor
+            elif point == "attended":
+                tensor = take(name, *(parts.pop((module, each)) for each in ("q", "k", "v")), tensor)
         return tensor
 
     return see
-
-
-def _leave(module: Observed, observer: Callable[[str, Tensor], Tensor]) -> None:
-    """Take one observer away and, with the last, every trace."""
-    module.observers = tuple(each for each in module.observers if each is not observer)
-    if not module.observers:
-        del module.observers

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fluxlab.inspect import plots
-from fluxlab.inspect.capture import Tape
+from fluxlab.inspect.tape import Tape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -42,6 +42,11 @@ def tensor_names(name: str, height: int | None = None, width: int | None = None,
     )
 
 
+def unwrapped(module: nn.Module) -> dict[str, nn.Module]:
+    """Every module below this one by its name, itself as ``""``, without what ``torch.compile`` wraps around them."""
+    return {re.sub(r"(^|\.)_orig_mod\b", "", name).lstrip("."): part for name, part in module.named_modules()}
+
+
 def available(module: nn.Module) -> list[str]:
     """The names that a pattern is matched with: the glossary's for a ``Flux`` or its blocks, else each layer's."""
     if isinstance(module, Flux):
@@ -49,13 +54,13 @@ def available(module: nn.Module) -> list[str]:
     if isinstance(module, DoubleStreamBlock | SingleStreamBlock):
         head = "double_blocks.{i}." if isinstance(module, DoubleStreamBlock) else "single_blocks.{i}."
         return [e.name.removeprefix(head) for e in entries() if e.kind == "tensor" and e.name.startswith(head)]
-    return [name for name, part in module.named_modules() if name and not list(part.children())]
+    return [name for name, part in unwrapped(module).items() if name and not list(part.children())]
 
 
-def choose(module: nn.Module, names: Names) -> list[str]:
-    """The names asked for, in the order of the forward.
+def choose(module: nn.Module, names: Names) -> tuple[list[str], dict[str, list[str]]]:
+    """The names asked for, in the order of the forward; and which of them each pattern picked.
 
-    Attention weights are chosen by a pattern that has the word, or by a function: they are never taken by the way.
+    Attention weights are chosen by a pattern that has the word, or by a function: no other takes them along.
 
     Raises:
         ValueError: a name or pattern picks nothing; the message gives the nearest names.
@@ -65,23 +70,23 @@ def choose(module: nn.Module, names: Names) -> list[str]:
         chosen = {name for name in known if names(name)}
         if not chosen:
             raise ValueError(f"names is a function that chose none of the {len(known)} tensors, such as {known[0]!r}")
-        return [name for name in known if name in chosen]
+        return (ordered := [name for name in known if name in chosen]), {"names": ordered}
     patterns = [names] if isinstance(names, str) else list(names)
     if not patterns:
         raise ValueError("names is empty; give a name, a pattern such as 'double_blocks.*.img.output', or a list")
-    modules = {name for name, _ in module.named_modules() if name}
-    found: set[str] = set()
-    extra: list[str] = []
+    modules = [name for name in unwrapped(module) if name]
+    picked: dict[str, list[str]] = {}
     for pattern in patterns:
         matched = [pattern] if pattern in known else matching(known, pattern)
         if "attention" not in pattern:
             matched = [name for name in matched if not _is_attention(name)]
         if not matched and pattern in modules:
-            extra.append(pattern)
-        elif not matched:
+            matched = [pattern]
+        if not matched:
             raise ValueError(f"{pattern!r} is none of the tensors here; {nearest(pattern, [*known, *modules])}")
-        found.update(matched)
-    return [name for name in known if name in found] + extra
+        picked[pattern] = matched
+    found = list(dict.fromkeys(name for matched in picked.values() for name in matched))
+    return sorted(found, key=lambda name: known.index(name) if name in known else len(known)), picked
 
 
 def _is_attention(name: str) -> bool:

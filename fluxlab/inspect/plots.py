@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from fluxlab.config import EMBEDDING_DIM, variant
-from fluxlab.inspect.capture import Tape
 from fluxlab.inspect.table import Table
+from fluxlab.inspect.tape import Tape
 from fluxlab.model.embeddings import timestep_embedding
 from fluxlab.model.rope import rope
 from fluxlab.pipeline.latents import grid

@@ -7,10 +7,15 @@ rotated queries or a gate, pass ``see``, which is the identity until somebody lo
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 
+import torch
 from torch import Tensor, nn
 
 See = Callable[[str, Tensor], Tensor]  # a name below the module and a tensor, to the tensor that goes on
+Observer = Callable[[nn.Module, str, Tensor], Tensor]
+
+observers: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=())  # those of this thread
 
 
 def unseen(name: str, tensor: Tensor) -> Tensor:
@@ -21,10 +26,9 @@ def unseen(name: str, tensor: Tensor) -> Tensor:
 class Observed(nn.Module):
     """A module some of whose inner tensors have names."""
 
-    observers: tuple[See, ...] = ()
-
     def see(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor as it is, or as the observers want it to go on."""
-        for observer in self.observers:
-            tensor = observer(name, tensor)
+        if not torch.compiler.is_compiling():  # who looks has the model run eagerly
+            for observer in observers.get():
+                tensor = observer(self, name, tensor)
         return tensor

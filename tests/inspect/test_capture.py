@@ -1,10 +1,16 @@
 """Looking at inner tensors leaves the model as it was, whatever happens; changing them lasts as long as it should."""
 
+import copy
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 import fluxlab as fl
 from fluxlab.inspect.names import available
+from fluxlab.model.observe import observers
 from tests.helpers import SMALL_AUTOENCODER, linux, peak_anonymous_memory, randomise
 
 INPUTS = {"height": 64, "width": 48, "batch": 2}
@@ -60,11 +66,11 @@ def test_the_tape_counts_what_it_holds(model, inputs, tmp_path):
 
 
 def traces(model):
-    return [
-        (name, module.__dict__.get("observers"), list(module._forward_hooks), list(module._forward_pre_hooks))
-        for name, module in model.named_modules()
-        if "observers" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks
-    ]
+    """What a watch could leave: hooks on modules, hooks of all modules, observers."""
+    from torch.nn.modules import module as of_all
+
+    on_modules = [name for name, part in model.named_modules() if part._forward_hooks or part._forward_pre_hooks]
+    return [*on_modules, *of_all._global_forward_hooks, *of_all._global_forward_pre_hooks, *observers.get()]
 
 
 def test_nothing_stays_behind(model, inputs):
@@ -305,3 +311,200 @@ block(x[:, :64], vec, pe[:, :, :64])
         setup, f"{look}\n    block(x, vec, pe)\nassert tape['attention'].shape[1:] == (1, 4096, 512)"
     )
     assert looking - plain < 400 * 2**20  # the whole map is 24 * 4608 * 4608 * 4 bytes, 1.9 GiB
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking never lies
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_tape_of_many_forwards_comes_back_in_the_order_of_the_run(model, inputs, tmp_path):
+    with torch.no_grad(), fl.capture(model, ["velocity", "vec", "img"]) as tape:
+        for i in range(12):
+            model(**inputs | {"timesteps": torch.full((2,), 1 - i / 12)})
+    tape.save(tmp_path / "tape")
+    again = fl.Tape.load(tmp_path / "tape")
+    assert list(again) == list(tape)
+    assert again.captured == list(range(12))
+    for name in tape:
+        assert torch.equal(again.stack(name), tape.stack(name))
+        assert all(torch.equal(again.forward(i)[name], tape.forward(i)[name]) for i in range(12))
+
+
+def test_a_tape_that_stopped_at_its_limit_can_be_looked_at(model, inputs):
+    def run(tapes):
+        with torch.no_grad(), fl.capture(model, ["vec", "*.output"], limit=2e-3) as tape:
+            tapes.append(tape)
+            for _ in range(20):
+                model(**inputs)
+
+    tapes = []
+    with pytest.raises(MemoryError, match="raise limit"):
+        run(tapes)
+    [tape] = tapes
+    assert 1 < tape.forwards < 20
+    assert tape.nbytes < 2e-3 * 2**30
+    assert "forwards" in repr(tape)
+    assert dict(zip(tape.table.column("name"), tape.table.column("forwards"), strict=True))["vec"] == tape.forwards
+
+
+def other_size(inputs):
+    return {name: t[:, :6] if name in ("img", "img_ids") else t for name, t in inputs.items()}
+
+
+COMPILED = {
+    "compiled in place": lambda model: model.compile(backend="eager") or model,
+    "wrapped": lambda model: torch.compile(model, backend="eager"),
+    "block by block": lambda model: [block.compile(backend="eager") for block in model.single_blocks] and model,
+    "with wrapped blocks": lambda model: wrap_blocks(model),
+}
+
+
+def wrap_blocks(model):
+    for i, block in enumerate(model.double_blocks):
+        model.double_blocks[i] = torch.compile(block, backend="eager")
+    return model
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("before", [False, True], ids=["not yet run", "run before"])
+@pytest.mark.parametrize("way", COMPILED)
+def test_a_compiled_model_is_seen_and_changed_as_the_plain_one(model, inputs, way, before):
+    torch.compiler.reset()
+    names = ["double_blocks.1.img_mlp.0", "double_blocks.0.attention", "single_blocks.3.q", "vec", "clean", "linear1"]
+    names[-1] = "single_blocks.1.linear1"
+    compiled = COMPILED[way](copy.deepcopy(model))
+    for given in (inputs, other_size(inputs)):
+        with torch.no_grad():
+            plain = model(**given)
+            with fl.capture(model, names) as expected:
+                model(**given)
+            with fl.patch(model, "single_blocks.3.modulation.gate", torch.zeros_like):
+                without = model(**given)
+            if before:
+                assert torch.allclose(compiled(**given), plain, atol=1e-5)
+            with fl.capture(compiled, names) as tape:
+                compiled(**given)
+            with fl.patch(compiled, "single_blocks.3.modulation.gate", torch.zeros_like):
+                changed = compiled(**given)
+            after = compiled(**given)
+        assert list(tape) == list(expected)
+        for name in names:
+            torch.testing.assert_close(tape[name], expected[name])
+        torch.testing.assert_close(changed, without)
+        torch.testing.assert_close(after, plain)
+        assert not torch.allclose(changed, plain)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_looking_makes_a_compiled_model_compile_nothing_anew(model, inputs):
+    torch.compiler.reset()
+    compilations = []
+
+    def backend(graph, example_inputs):
+        compilations.append(1)
+        return graph
+
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend=backend)
+    with torch.no_grad():
+        compiled(**inputs)
+        once = len(compilations)
+        with fl.capture(compiled, "vec"):
+            compiled(**inputs)
+        compiled(**inputs)
+    assert once > 0
+    assert len(compilations) == once
+
+
+def test_other_threads_are_neither_seen_nor_disturbed(model, inputs):
+    done, errors, enough = [], [], threading.Event()
+    with torch.no_grad():
+        plain = model(**inputs)
+
+    def run():
+        try:
+            while not enough.is_set():
+                with torch.no_grad():
+                    done.append(torch.equal(model(**inputs), plain))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    with torch.no_grad():
+        for _ in range(5):
+            with fl.capture(model, "*.attention") as tape, fl.patch(model, "vec", lambda vec: 0 * vec):
+                model(**inputs)
+            assert tape.forwards == 1
+            assert len(tape) == 6
+    enough.set()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert done
+    assert all(done)
+
+
+def test_a_copy_made_while_looking_is_a_model_of_its_own(model, inputs):
+    with torch.no_grad(), fl.capture(model, ["vec", "img_in"]) as tape, fl.patch(model, "vec", lambda x: 2 * x):
+        changed = model(**inputs)
+        other, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        assert not torch.equal(other(**inputs), changed)
+        assert not torch.equal(loaded(**inputs), changed)
+    assert tape.forwards == 1
+    with torch.no_grad():
+        assert torch.equal(other(**inputs), model(**inputs))
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"forwards": [-1]}, r"forwards is \[-1\]; give a list of whole numbers, counted from 0"),
+        ({"forwards": 2}, "forwards is 2; give a list"),
+        ({"forwards": []}, r"forwards is \[\]; give a list"),
+        ({"forwards": [0.5]}, "forwards is .0.5.; give a list"),
+        ({"forwards": [0, 3]}, "forwards has 3, counted from 0, and the model ran 1 times"),
+        ({"heads": 0}, "heads is 0; give a list"),
+        ({"heads": [-1]}, "heads is .-1.; give a list"),
+    ],
+)
+def test_numbers_that_pick_nothing_are_refused(model, inputs, options, said):
+    with torch.no_grad(), pytest.raises(ValueError, match=said), fl.capture(model, "*.attention", **options):
+        model(**inputs)
+    assert traces(model) == []
+
+
+def test_a_model_that_did_not_run_is_no_result(model, inputs):
+    other = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="Flux that was given did not run"), fl.capture(model, "vec"):
+        other(**inputs)
+    with pytest.raises(ValueError, match="did not run"), fl.patch(model, "vec", lambda x: x):
+        other(**inputs)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="did not run"), fl.capture(model, "vec"):
+        pool.submit(model, **inputs).result()
+    assert traces(model) == []
+
+
+def test_a_layer_that_no_forward_reaches_is_no_result(inputs):
+    class Skipping(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    module = Skipping()
+    with pytest.raises(ValueError, match="'unused' was made by none of the 1 forwards"), fl.capture(module, "unused"):
+        module(torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="neither seen nor changed"), fl.patch(module, ["used", "unused"], lambda x: x):
+        module(torch.zeros(1, 2))
+    with fl.capture(module, "*used") as tape:
+        module(torch.zeros(1, 2))
+    assert list(tape) == ["used"]
+    traced = torch.jit.trace(module, torch.zeros(1, 2))
+    with pytest.raises(ValueError, match=r"none of the|did not run"), fl.capture(traced, "used"):
+        traced(torch.zeros(1, 2))

@@ -21,8 +21,14 @@ CASES = {
     "mixed devices": ({"y": torch.zeros(1, 24, device="meta")}, r"y is torch.float32 on meta, and img is .* on cpu"),
     "nothing at all": ({"img": torch.tensor(1.0)}, r"img has shape \(\); .* takes \(0, 0, 64\)"),
     "ids that are not exact": ({"img_ids": torch.zeros(1, 12, 3).bfloat16()}, r"img_ids is torch.bfloat16, which rou"),
-    "a rounded time": ({"timesteps": torch.tensor([0.7123]).bfloat16()}, "timesteps is torch.bfloat16, which rounds it"),
-    "a rounded guidance": ({"guidance": torch.tensor([3.3]).half()}, "guidance is torch.float16, which rounds it; give f"),
+    "a rounded time": (
+        {"timesteps": torch.tensor([0.7123]).bfloat16()},
+        "timesteps is torch.bfloat16, which rounds",
+    ),
+    "a rounded guidance": (
+        {"guidance": torch.tensor([3.3]).half()},
+        "guidance is torch.float16, which rounds",
+    ),
     "a time of the 1000 scale": ({"timesteps": torch.tensor([712.3])}, r"timesteps has 712.3.*; t is in \[0, 1\]"),
     "a time before the start": ({"timesteps": torch.tensor([-0.1])}, r"timesteps has -0.1"),
     "a time that is not a number": ({"timesteps": torch.tensor([float("nan")])}, "timesteps has nan"),

@@ -1,0 +1,134 @@
+"""What was captured of a run, and the file it is kept in. Opened in chapter 14."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxlab.files import Checkpoint, WeightsError, write_tensors
+from fluxlab.inspect.table import Table
+
+
+class Tape(Mapping[str, Tensor]):
+    """What was captured: ``tape[name]``, and ``tape.forward(i)[name]`` where the model ran more than once."""
+
+    def __init__(self) -> None:
+        self.forwards = 0  # how often the model ran
+        self.text_tokens: int | None = None  # of the run, where it is known
+        self.nbytes = 0  # of memory, all that is kept
+        self._kept: dict[str, dict[int, Tensor]] = {}
+
+    def put(self, name: str, index: int, tensor: Tensor) -> None:
+        """Keep a tensor of the forward with this index."""
+        runs = self._kept.setdefault(name, {})
+        self.nbytes += tensor.nbytes - (runs[index].nbytes if index in runs else 0)
+        runs[index] = tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of that name, of the one forward that was run.
+
+        Raises:
+            KeyError: it was not captured, or there are several, one for each forward.
+        """
+        runs = self._runs(name)
+        if len(runs) > 1:
+            raise KeyError(
+                f"{name!r} was captured in {len(runs)} forwards; take one, tape.forward(0)[{name!r}], or all of them "
+                f"on a first axis, tape.stack({name!r})"
+            )
+        return next(iter(runs.values()))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def forward(self, index: int) -> dict[str, Tensor]:
+        """All that was captured in one forward; in a sampling run with one forward a step, in one step.
+
+        Raises:
+            IndexError: the model did not run that often, or nothing was captured then.
+        """
+        wanted = index + self.forwards if index < 0 else index
+        found = {name: runs[wanted] for name, runs in self._kept.items() if wanted in runs}
+        if not found:
+            raise IndexError(f"index is {index}, and the forwards that were captured are {self.captured}")
+        return found
+
+    def stack(self, name: str) -> Tensor:
+        """A tensor of every captured forward, on a new first axis, in the order of the run."""
+        return torch.stack(list(self._runs(name).values()))
+
+    def _runs(self, name: str) -> dict[int, Tensor]:
+        if name not in self._kept:
+            have = f"captured are {list(self)[:8]}" if self else "nothing was: run the model inside the with block"
+            raise KeyError(f"{name!r} was not captured; {have}")
+        return self._kept[name]
+
+    @property
+    def captured(self) -> list[int]:
+        """Which forwards something was kept of."""
+        return sorted({i for runs in self._kept.values() for i in runs})
+
+    @property
+    def table(self) -> Table:
+        """One row for each name, its numbers taken over all forwards; what is not finite is counted apart."""
+        return Table((self._row(name, list(runs.values())) for name, runs in self._kept.items()), title=self._title())
+
+    def _title(self) -> str:
+        return f"Tape of {self.forwards} forward{'s' * (self.forwards != 1)}, {self.nbytes / 2**20:.1f} MiB"
+
+    def _row(self, name: str, tensors: list[Tensor]) -> dict[str, Any]:
+        numbers: dict[str, Any] = dict.fromkeys(("mean", "std", "min", "max", "not finite"))
+        if tensors[0].device.type != "meta":
+            values = torch.cat([tensor.detach().cpu().flatten().double() for tensor in tensors])
+            good = values[values.isfinite()]
+            bad = values.numel() - good.numel()
+            numbers["not finite"] = f"{bad}!" if bad else ""
+            if good.numel():
+                numbers |= {"mean": good.mean().item(), "std": good.std(correction=0).item()}
+                numbers |= {"min": good.min().item(), "max": good.max().item()}
+        kind = str(tensors[0].dtype).removeprefix("torch.")
+        times = {"forwards": len(tensors)} if len(self.captured) > 1 else {}
+        return {"name": name, **times, "shape": tuple(tensors[0].shape), "dtype": kind, **numbers}
+
+    def __repr__(self) -> str:
+        return repr(self.table) if self else f"{self._title()}: nothing captured yet"
+
+    def _repr_html_(self) -> str:
+        return self.table._repr_html_()
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, one tensor for each name and forward."""
+        tensors = {f"{i}/{name}": tensor for name, runs in self._kept.items() for i, tensor in runs.items()}
+        about = {
+            "forwards": str(self.forwards),
+            "text_tokens": str(self.text_tokens or ""),
+            "names": json.dumps([*self]),
+        }
+        write_tensors(tensors, path, about)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tape:
+        """Read what ``save`` wrote, names and forwards in the order of the run.
+
+        Raises:
+            WeightsError: the file is not readable as safetensors, or is not a tape.
+        """
+        saved = Checkpoint(path)
+        if "forwards" not in saved.metadata:
+            raise WeightsError(f"{path}: not a tape; a tape is what tape.save writes")
+        tape = cls()
+        tape.forwards = int(saved.metadata["forwards"])
+        tape.text_tokens = int(saved.metadata["text_tokens"] or 0) or None
+        order = {name: i for i, name in enumerate(json.loads(saved.metadata.get("names", "[]")))}
+        keys = [(int(index), name) for index, _, name in (key.partition("/") for key in saved.entries)]
+        for index, name in sorted(keys, key=lambda key: (order.get(key[1], len(order)), key[0])):  # not as strings
+            tape.put(name, index, saved[f"{index}/{name}"])
+        return tape

@@ -123,7 +123,8 @@ def publish(run: Path, output: Path, pipes: list[Pipeline], teacher: Flux) -> No
         metadata = factors(autoencoder.config) if module is autoencoder else None
         write_tensors(module.to(torch.bfloat16).state_dict(), output / name.removeprefix("flux-tiny/"), metadata)
         module.to(torch.float32)
-    for name, encoder, tokenizer in (("t5", text.t5, text.t5_tokenizer), ("clip", text.clip, text.clip_tokenizer)):
+    parts: dict[str, list[Any]] = {"t5": [text.t5, text.t5_tokenizer], "clip": [text.clip, text.clip_tokenizer]}
+    for name, (encoder, tokenizer) in parts.items():
         (output / name).mkdir(exist_ok=True)
         for file in Path(tokenizer.name_or_path).iterdir():
             (output / name / file.name).write_bytes(file.read_bytes())

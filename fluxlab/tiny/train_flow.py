@@ -123,6 +123,5 @@ def sample_grid(pipe: Pipeline, number: int, path: Path, **options: Any) -> None
     """What a model paints for the first ``number`` held-out captions, as one PNG; ``options`` are the pipeline's."""
     rng = np.random.default_rng(0)
     prompts = [random_picture(rng, held_out=True, complete=True).caption for _ in range(number)]
-    pictures: Any = pipe(prompts, seed=range(number), progress=False, **options)
-    painted = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-    save_grid(path, to_float(painted.permute(0, 3, 1, 2)), math.gcd(8, number))
+    painted: Any = pipe(prompts, seed=range(number), progress=False, **options)
+    save_grid(path, to_float(torch.from_numpy(np.stack(painted)).permute(0, 3, 1, 2)), math.gcd(8, number))

@@ -25,7 +25,7 @@ def train_autoencoder(run: Path, recipe: Recipe) -> AutoEncoder:
     Source: "Auto-Encoding Variational Bayes", Kingma and Welling 2013; "EQ-VAE", Kouzelis et al. 2025.
     """
     torch.manual_seed(recipe.seed)
-    autoencoder = AutoEncoder(replace(DEV.autoencoder, scale_factor=1.0, shift_factor=0.0))
+    autoencoder = AutoEncoder(DEV.autoencoder)
     nn.Module.to(autoencoder, memory_format=torch.channels_last)  # type: ignore[call-overload]
     log_variance_bias = autoencoder.get_parameter("encoder.conv_out.bias").detach()[DEV.autoencoder.z_channels :]
     log_variance_bias.fill_(-3.0)  # start with little posterior noise: with much of it, learning is slow
@@ -62,8 +62,8 @@ def train_autoencoder(run: Path, recipe: Recipe) -> AutoEncoder:
     fit("autoencoder", autoencoder, loss, steps, learning_rate, run, recipe, preview)
     nn.Module.to(autoencoder, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     with torch.no_grad():  # the shift and scale that bring the latents to mean 0 and deviation 1
-        latents = torch.cat([autoencoder.encode(batch) for batch in to_float(pixels[:512]).split(4)])
-    scale, shift = round(1 / latents.std().item(), 4), round(latents.mean().item(), 4)
+        means = torch.cat([autoencoder.encoder(few).chunk(2, dim=1)[0] for few in to_float(pixels[:512]).split(4)])
+    scale, shift = round(1 / means.std().item(), 4), round(means.mean().item(), 4)
     print(f"autoencoder: scale_factor {scale}, shift_factor {shift}", flush=True)
     autoencoder.config = replace(autoencoder.config, scale_factor=scale, shift_factor=shift)
     return autoencoder

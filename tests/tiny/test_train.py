@@ -191,10 +191,14 @@ def test_both_optimizers_go_on_where_they_were_stopped(tmp_path):
 
 @pytest.mark.parametrize(("number", "shape"), [(9, (1, 9)), (24, (8, 3)), (2, (2, 1))])
 def test_any_number_of_samples_makes_a_grid(tmp_path, number, shape):
-    def paint(prompts, **_):
-        return [Image.new("RGB", (16, 16), (i, 0, 0)) for i in range(len(prompts))]
+    class Painter(Pipeline):
+        def __init__(self):
+            pass
 
-    sample_grid(paint, number, tmp_path / "grid.png")
+        def __call__(self, prompts, **_):
+            return [Image.new("RGB", (16, 16), (i, 0, 0)) for i in range(len(prompts))]
+
+    sample_grid(Painter(), number, tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (16 * shape[0], 16 * shape[1])
         assert np.asarray(grid)[::16, ::16, 0].ravel().tolist() == list(range(number))

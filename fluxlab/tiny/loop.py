@@ -80,18 +80,18 @@ def fit(
             if (step + 1) % recipe.save_every == 0 or step + 1 == steps:
                 _save(path, step + 1, parameters, average, optimizers)
                 if preview is not None:
-                    _exchange(parameters, average)
+                    _swap(parameters, average)
                     module.eval()
                     preview(run / f"{stage}-{step + 1:05d}.png")
                     module.train()
-                    _exchange(parameters, average)
-    _exchange(parameters, average)
+                    _swap(parameters, average)
+    _swap(parameters, average)
     module.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def _exchange(parameters: list[Tensor], average: list[Tensor]) -> None:
-    """The averaged weights for the current ones, in place; and, done again, back."""
+def _swap(parameters: list[Tensor], average: list[Tensor]) -> None:
+    """Put the averaged weights in place of the current ones, and those in place of the averaged."""
     for p, averaged in zip(parameters, average, strict=True):
         current = p.clone()
         p.copy_(averaged)

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import trange
+from tqdm.auto import tqdm
 
-from fluxlab.files import read_tensors
+from fluxlab.files import read_tensors, write_tensors
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.embeddings import timestep_embedding
 from fluxlab.model.transformer import Flux
-from fluxlab.pipeline.latents import noise, text_ids, unpack
+from fluxlab.pipeline.latents import PIXELS, noise, text_ids, unpack
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.pipeline.sampling import denoise
 from fluxlab.pipeline.schedule import schedule
 from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.loop import fit
-from fluxlab.tiny.pictures import Pictures, cached, number_of
-from fluxlab.tiny.recipe import Recipe
-from fluxlab.tiny.train_flow import DEV, SCHNELL, compiled, flow_inputs, noisy, sample_grid
-from fluxlab.tiny.world import PICTURE_SIZES
+from fluxlab.tiny.pictures import Pictures, missing
+from fluxlab.tiny.recipe import DEV, SCHNELL, Recipe
+from fluxlab.tiny.train_flow import compiled, flow_inputs, noisy, sample_grid
 
 
 def distil_guidance(run: Path, recipe: Recipe, autoencoder: AutoEncoder, teacher: Flux, text: TextEncoders) -> Flux:
@@ -35,13 +34,10 @@ def distil_guidance(run: Path, recipe: Recipe, autoencoder: AutoEncoder, teacher
     student = Flux(DEV.transformer)
     student.load_state_dict(teacher.state_dict(), strict=False)
     assert student.guidance_in is not None
-    nn.init.zeros_(student.guidance_in.out_layer.weight)
-    nn.init.zeros_(student.guidance_in.out_layer.bias)
-    for encoder in (text.t5, text.clip):
-        encoder.requires_grad_(False)
+    for parameter in student.guidance_in.out_layer.parameters():  # at first, guidance changes nothing
+        nn.init.zeros_(parameter)
     pictures = Pictures(run, recipe)
-    with torch.no_grad():
-        empty_txt, empty_y = text([""])
+    empty = text([""])
     forward, taught = compiled(recipe, student), compiled(recipe, teacher)
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -53,34 +49,25 @@ def distil_guidance(run: Path, recipe: Recipe, autoencoder: AutoEncoder, teacher
             txt, y = text.encode(*tokens)
             places = text_ids(*txt.shape[:2])
             with_prompt = taught(img, ids, txt, places, t, y).float()
-            without = taught(
-                img, ids, empty_txt.expand_as(txt).contiguous(), places, t, empty_y.expand_as(y).contiguous()
-            )
+            no_txt, no_y = (e.expand_as(x).contiguous() for e, x in zip(empty, (txt, y), strict=True))
+            without = taught(img, ids, no_txt, places, t, no_y)
             target = without + guidance[:, None, None] * (with_prompt - without.float())
         return F.mse_loss(forward(img, ids, txt, places, t, y, guidance).float(), target)
 
-    def preview(step: int) -> None:
-        sample_grid(run / f"guidance-{step:05d}.png", Pipeline(DEV, student, autoencoder, text), recipe.previewed)
-
-    gentle = replace(recipe, learning_rate=recipe.learning_rate / 3)
-    fit("guidance", student, loss, recipe.guidance_steps, run, gentle, preview)
-    return student.requires_grad_(False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fewer steps
-# ---------------------------------------------------------------------------------------------------------------------
+    preview = partial(sample_grid, Pipeline(DEV, student, autoencoder, text), recipe.previewed)
+    fit("guidance", student, loss, recipe.guidance_steps, recipe.learning_rate / 3, run, recipe, preview)
+    return student
 
 
 def distil_steps(run: Path, recipe: Recipe, autoencoder: AutoEncoder, dev: Flux, text: TextEncoders) -> Flux:
     """flux-tiny-schnell: the flow from each noise straight to the picture that flux-tiny-dev makes of it.
 
-    The paths of the first flow cross, since any noise may belong to any picture, and so it bends. Here each noise
-    has one picture, the one that dev ends at in many steps, and the straight paths between the two hardly cross: few
-    Euler steps follow them. Half of all times are those of a schedule of four steps.
+    In the first flow any noise may go with any picture, so its straight paths cross, and what it learns bends. Here
+    each noise has one picture, the one that dev arrives at in many steps; the straight paths between the two hardly
+    cross, and a few Euler steps can follow them. Half of all times are those of a schedule of four steps.
 
-    Source: reflow of "Flow Straight and Fast", Liu et al. 2022; for text to image, "InstaFlow", Liu et al. 2023. (The
-    real schnell was distilled by "Adversarial Diffusion Distillation" in latent space, Sauer et al. 2024.)
+    Source: the reflow of "Flow Straight and Fast", Liu et al. 2022; for text to image, "InstaFlow", Liu et al. 2023.
+    (The real schnell was distilled by "Adversarial Diffusion Distillation" in latent space, Sauer et al. 2024.)
     """
     paint_pairs(run, recipe, dev, text)
     student = without_guidance(dev, recipe.schnell_guidance)
@@ -98,12 +85,9 @@ def distil_steps(run: Path, recipe: Recipe, autoencoder: AutoEncoder, dev: Flux,
         img = torch.lerp(clean, start, t[:, None, None])
         return F.mse_loss(forward(img, ids, txt, text_ids(*txt.shape[:2]), t, y).float(), start - clean)
 
-    def preview(step: int) -> None:
-        sample_grid(run / f"steps-{step:05d}.png", Pipeline(SCHNELL, student, autoencoder, text), recipe.previewed)
-
-    gentle = replace(recipe, learning_rate=recipe.learning_rate / 3)
-    fit("steps", student, loss, recipe.reflow_steps, run, gentle, preview)
-    return student.requires_grad_(False)
+    preview = partial(sample_grid, Pipeline(SCHNELL, student, autoencoder, text), recipe.previewed)
+    fit("steps", student, loss, recipe.reflow_steps, recipe.learning_rate / 3, run, recipe, preview)
+    return student
 
 
 def without_guidance(dev: Flux, guidance: float) -> Flux:
@@ -121,24 +105,15 @@ def without_guidance(dev: Flux, guidance: float) -> Flux:
 @torch.no_grad()
 def paint_pairs(run: Path, recipe: Recipe, dev: Flux, text: TextEncoders) -> None:
     """What flux-tiny-dev makes of a noise, for the captions of training pictures, at each size."""
-    for height, width in PICTURE_SIZES:
-
-        def make(height: int = height, width: int = width) -> dict[str, Tensor]:
-            captions = read_tensors(run / f"latents-{height}x{width}.safetensors")
-            number = min(number_of(recipe.pairs, height, width), len(captions["latents"]))
-            size = recipe.image_tokens // (captions["latents"][0, 0].numel() // 4)
-            painted, starts = [], []
-            for first in trange(0, number, size, desc=f"pairs {height}x{width}", unit="batch", mininterval=10):
-                last = min(first + size, number)
-                tokens = (captions[name][first:last].int() for name in ("t5_ids", "clip_ids"))
-                start = noise(range(first, last), height, width)
-                inputs = flow_inputs(start, *text.encode(*tokens), recipe.schnell_guidance)
-                times = schedule(DEV.num_steps, inputs.img.shape[1])
-                with torch.autocast("cpu", torch.bfloat16):
-                    ended = denoise(dev, inputs, times, progress=False)
-                starts.append(start.half())
-                painted.append(unpack(ended, height, width).half())
-            kept = {name: captions[name][:number] for name in ("t5_ids", "clip_ids")}
-            return {"latents": torch.cat(painted), "noise": torch.cat(starts), **kept}
-
-        cached(run / f"pairs-{height}x{width}.safetensors", make)
+    for path, height, width, number in missing(run, "pairs", recipe.pairs):
+        captions = read_tensors(run / f"latents-{height}x{width}.safetensors")
+        ids = {name: captions[name][:number] for name in ("t5_ids", "clip_ids")}
+        starts = noise(range(len(ids["t5_ids"])), height, width)
+        times, painted = schedule(DEV.num_steps, height * width // PIXELS**2), []
+        batches = [each.split(recipe.image_tokens // (height * width // PIXELS**2)) for each in (starts, *ids.values())]
+        for start, *tokens in tqdm(list(zip(*batches, strict=True)), desc=path.stem, unit="batch", mininterval=10):
+            inputs = flow_inputs(start, *text.encode(*(each.int() for each in tokens)), recipe.schnell_guidance)
+            with torch.autocast("cpu", torch.bfloat16):
+                ended = denoise(dev, inputs, times, progress=False)
+            painted.append(unpack(ended, height, width).half())
+        write_tensors({"latents": torch.cat(painted), "noise": starts.half(), **ids}, path)

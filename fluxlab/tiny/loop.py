@@ -6,16 +6,16 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import AdamW, Muon, Optimizer
 from tqdm.auto import tqdm
 
-from fluxlab.files import Checkpoint, write_tensors, write_text
+from fluxlab.files import read_tensors, write_tensors, write_text
 from fluxlab.tiny.recipe import Recipe
 
 
@@ -24,15 +24,16 @@ def fit(
     module: nn.Module,
     loss: Callable[[torch.Generator], Tensor],
     steps: int,
+    learning_rate: float,
     run: Path,
     recipe: Recipe,
-    preview: Callable[[int], None] | None = None,
+    preview: Callable[[Path], None] | None = None,
 ) -> None:
-    """Train a module, resuming what ``run`` holds of this stage; leave it with its averaged weights.
+    """Train a module, resuming from what ``run`` holds of this stage; leave it frozen, with its averaged weights.
 
-    Muon for the matrices of the blocks (modulation left out) and AdamW for all else, a learning rate that warms up
-    and falls as a cosine, gradients cut at norm 1, and an exponential moving average of the weights, whose memory
-    grows with the steps.
+    Muon for the matrices of the blocks (modulation left out) and AdamW for the rest; a learning rate that warms up
+    and falls as a cosine; gradients clipped at norm 1; and an exponential moving average of the weights, which looks
+    further back the longer the training has run. At every save ``preview`` draws into the file that it is given.
 
     Source: "Muon is Scalable for LLM Training", Liu et al. 2025.
     """
@@ -41,11 +42,9 @@ def fit(
     parameters: list[Tensor] = list(named.values())
     matrices = [p for name, p in named.items() if p.ndim == 2 and "_blocks" in name and "mod" not in name]
     others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    ]
+    optimizers: list[Optimizer] = [AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     average = [p.detach().clone() for p in parameters]
     start = _restore(path, parameters, average, optimizers) if path.exists() else 0
     if record.exists():  # what came after the last save is done again
@@ -59,7 +58,7 @@ def fit(
             warm, done = min(1.0, (step + 1) / (0.05 * steps + 1)), step / steps
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = recipe.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * done))
+                    group["lr"] = learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * done))
             generator = torch.Generator("cpu").manual_seed(recipe.seed * 1_000_003 + zlib.crc32(stage.encode()) + step)
             with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
                 value = loss(generator)
@@ -68,7 +67,8 @@ def fit(
             nn.utils.clip_grad_norm_(parameters, 1.0)
             for optimizer in optimizers:
                 optimizer.step()
-            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(0.999, (1 + step) / (10 + step)))
+            for averaged, p in zip(average, parameters, strict=True):
+                averaged.lerp_(p.detach(), 1 - min(0.999, (1 + step) / (10 + step)))
             losses.append(value.item())
             if (step + 1) % min(50, recipe.save_every) == 0:
                 mean = sum(losses) / len(losses)
@@ -80,32 +80,25 @@ def fit(
             if (step + 1) % recipe.save_every == 0 or step + 1 == steps:
                 _save(path, step + 1, parameters, average, optimizers)
                 if preview is not None:
-                    with _averaged(parameters, average):
-                        module.eval()
-                        preview(step + 1)
-                        module.train()
-    with torch.no_grad():
-        for p, mean_p in zip(parameters, average, strict=True):
-            p.copy_(mean_p)
-    module.eval()
+                    _swap(parameters, average)
+                    module.eval()
+                    preview(run / f"{stage}-{step + 1:05d}.png")
+                    module.train()
+                    _swap(parameters, average)
+    _swap(parameters, average)
+    module.eval().requires_grad_(False)
 
 
-@contextmanager
-def _averaged(parameters: list[Tensor], average: list[Tensor]) -> Iterator[None]:
-    """The averaged weights in place of the current ones, for a while."""
-    current = [p.detach().clone() for p in parameters]
-    with torch.no_grad():
-        torch._foreach_copy_(parameters, average)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, current)
+@torch.no_grad()
+def _swap(parameters: list[Tensor], average: list[Tensor]) -> None:
+    """Put the averaged weights in place of the current ones, and those in place of the averaged."""
+    for p, averaged in zip(parameters, average, strict=True):
+        current = p.clone()
+        p.copy_(averaged)
+        averaged.copy_(current)
 
 
-def _save(
-    path: Path, step: int, parameters: list[Tensor], average: list[Tensor], optimizers: list[torch.optim.Optimizer]
-) -> None:
+def _save(path: Path, step: int, parameters: list[Tensor], average: list[Tensor], optimizers: list[Optimizer]) -> None:
     tensors: dict[str, Tensor] = {"step": torch.tensor(step)}
     for i, p in enumerate(parameters):
         tensors |= {f"{i}.value": p, f"{i}.average": average[i]}
@@ -113,19 +106,16 @@ def _save(
     write_tensors(tensors, path)
 
 
-def _restore(
-    path: Path, parameters: list[Tensor], average: list[Tensor], optimizers: list[torch.optim.Optimizer]
-) -> int:
-    saved = Checkpoint(path)
-    owner = {id(p): each for each in optimizers for group in each.param_groups for p in group["params"]}
-    with torch.no_grad():
-        for i, p in enumerate(parameters):
-            p.copy_(saved[f"{i}.value"])
-            average[i].copy_(saved[f"{i}.average"])
-            state = {key: saved[f"{i}.{key}"] for key in _STATE if f"{i}.{key}" in saved.entries}
-            # in the weight's memory layout, as it was
-            owner[id(p)].state[p] = {k: torch.empty_like(p).copy_(v) if v.ndim else v for k, v in state.items()}
-    return int(saved["step"])
-
-
-_STATE = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")  # what AdamW and Muon keep of a weight
+@torch.no_grad()
+def _restore(path: Path, parameters: list[Tensor], average: list[Tensor], optimizers: list[Optimizer]) -> int:
+    saved = read_tensors(path)
+    step = int(saved.pop("step"))
+    owner = {p: each for each in optimizers for group in each.param_groups for p in group["params"]}
+    for name, value in saved.items():
+        i, key = name.split(".")
+        p = parameters[int(i)]
+        if key in ("value", "average"):
+            {"value": p, "average": average[int(i)]}[key].copy_(value)
+        else:  # an optimizer's: fused AdamW needs it in the weight's own memory layout
+            owner[p].state[p][key] = torch.empty_like(p).copy_(value) if value.ndim else value
+    return step

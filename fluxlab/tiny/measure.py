@@ -18,8 +18,6 @@ from tqdm.auto import tqdm
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.tiny.world import BACKGROUNDS, COLOURS, PLACES, SHAPES, Scene, random_scene, shape_coverage
 
-_ATTRIBUTES = ("colour", "shape", "place", "background", "count", "all")
-
 
 @dataclass(frozen=True)
 class Patch:
@@ -27,8 +25,7 @@ class Patch:
 
     shape: str
     colour: str
-    x: float  # its middle, as a share of the width
-    y: float  # likewise of the height
+    middle: tuple[float, float]  # across and down, as shares of width and height
     fit: float  # overlap with the best fitting shape, intersection over union
 
 
@@ -39,12 +36,11 @@ def look(pixels: NDArray[np.uint8]) -> tuple[str, list[Patch]]:
     height, width, _ = pixels.shape
     colours = pixels.astype(float)
     border = np.concatenate([colours[:4].reshape(-1, 3), colours[-4:].reshape(-1, 3), colours[:, :4].reshape(-1, 3)])
-    ground = np.median(border, axis=0)
-    away = np.linalg.norm(colours - ground, axis=-1)
-    labels, number = ndimage.label(away > 60)
-    sizes = ndimage.sum_labels(np.ones(labels.shape), labels, range(1, number + 1))
-    big = [int(i) + 1 for i in np.argsort(-np.atleast_1d(sizes)) if sizes[i] > 0.006 * height * width]
-    return _nearest(ground, BACKGROUNDS), [_patch(labels == i, colours) for i in big]
+    behind = np.median(border, axis=0)
+    labels, _ = ndimage.label(np.linalg.norm(colours - behind, axis=-1) > 60)
+    sizes = np.bincount(labels.ravel())[1:]
+    big = [int(i) + 1 for i in np.argsort(-sizes) if sizes[i] > 0.006 * height * width]
+    return _nearest(behind, BACKGROUNDS), [_patch(labels == i, colours) for i in big]
 
 
 def _nearest(colour: NDArray[np.float64], names: dict[str, tuple[int, int, int]]) -> str:
@@ -52,24 +48,22 @@ def _nearest(colour: NDArray[np.float64], names: dict[str, tuple[int, int, int]]
 
 
 def _patch(mask: NDArray[np.bool_], colours: NDArray[np.float64]) -> Patch:
-    height, width = mask.shape
     rows, columns = np.nonzero(mask)
     top, bottom, left, right = (int(edge) for edge in (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1))
-    margin = 2 + (bottom - top + right - left) // 8  # what a shape of the same size may reach beyond
-    y, x = max(0, top - margin), max(0, left - margin)
-    near = mask[y : bottom + margin, x : right + margin]
-    best = max((_fit(near, shape, (left - x, right - x), (top - y, bottom - y)), shape) for shape in SHAPES)
+    x, y, side = (left + right) / 2, (top + bottom) / 2, (bottom - top + right - left) / 2
+    margin = 2 + int(side) // 4  # what a shape of the same size may reach beyond
+    above, before = max(0, top - margin), max(0, left - margin)
+    near = mask[above : bottom + margin, before : right + margin]
+    fit, shape = max((_fit(near, shape, (x - before, y - above), side), shape) for shape in SHAPES)
     colour = _nearest(np.median(colours[mask], axis=0), COLOURS)
-    return Patch(best[1], colour, (left + right) / 2 / width, (top + bottom) / 2 / height, best[0])
+    return Patch(shape, colour, (x / mask.shape[1], y / mask.shape[0]), fit)
 
 
-def _fit(mask: NDArray[np.bool_], shape: str, x: tuple[int, int], y: tuple[int, int]) -> float:
-    """The best overlap of a shape with the mask, over a few angles and sizes, both boxes in one place."""
-    middle, side = ((x[0] + x[1]) / 2, (y[0] + y[1]) / 2), (x[1] - x[0] + y[1] - y[0]) / 2
+def _fit(mask: NDArray[np.bool_], shape: str, middle: tuple[float, float], side: float) -> float:
+    """The best overlap of a shape with the mask, over a few angles and sizes, its box in the middle of the mask's."""
     best = 0.0
     for angle in (-0.1, 0.0, 0.1):
-        unit = shape_coverage(shape, (50, 50), 25, angle, 100, 100) > 0.5
-        rows, columns = np.nonzero(unit)
+        rows, columns = np.nonzero(shape_coverage(shape, (50, 50), 25, angle, 100, 100) > 0.5)
         extent = (np.ptp(rows) + np.ptp(columns) + 2) / 2 / 25  # the shape's own box, in radii
         off = ((columns.min() + columns.max() + 1) / 2 - 50) / 25, ((rows.min() + rows.max() + 1) / 2 - 50) / 25
         for scale in (0.95, 1.0, 1.05):
@@ -83,13 +77,13 @@ def _fit(mask: NDArray[np.bool_], shape: str, x: tuple[int, int], y: tuple[int, 
 def judge(pixels: NDArray[np.uint8], scene: Scene) -> dict[str, float]:
     """What a picture gets right of a scene: colour, shape and place as the share of its things, the others 0 or 1.
 
-    The patches are taken for the things in the way that gets most right; a thing with no patch gets nothing right.
+    Patches are paired with things in the way that gets most right; a thing without a patch gets nothing right.
     """
-    ground, patches = look(pixels)
+    background, patches = look(pixels)
     number = len(scene.things)
     orders = permutations([*patches[:3], *[None] * number], number)
     right = max((_compare(scene, order) for order in orders), key=lambda each: sum(each.values()))
-    right |= {"background": float(ground == scene.background), "count": float(len(patches) == number)}
+    right |= {"background": float(background == scene.background), "count": float(len(patches) == number)}
     return right | {"all": float(all(value == 1 for value in right.values()))}
 
 
@@ -98,14 +92,14 @@ def _compare(scene: Scene, order: Sequence[Patch | None]) -> dict[str, float]:
     return {
         "colour": float(np.mean([p is not None and p.colour == thing.colour for thing, p in pairs])),
         "shape": float(np.mean([p is not None and p.shape == thing.shape and p.fit > 0.6 for thing, p in pairs])),
-        "place": float(_placed(scene, order)),
+        "place": float(_placed(scene, [patch.middle for patch in order if patch is not None])),
     }
 
 
-def _placed(scene: Scene, order: Sequence[Patch | None]) -> bool:
-    if any(patch is None for patch in order):
+def _placed(scene: Scene, middles: list[tuple[float, float]]) -> bool:
+    """Whether there is a patch for each thing, at the place or in the relation that the scene says."""
+    if len(middles) < len(scene.things):
         return False
-    middles = [(patch.x, patch.y) for patch in order if patch is not None]
     if len(middles) == 1:
         return min(PLACES, key=lambda place: float(np.hypot(*np.subtract(PLACES[place], middles[0])))) == scene.where
     across, down = np.subtract(middles[1], middles[0])
@@ -115,12 +109,8 @@ def _placed(scene: Scene, order: Sequence[Patch | None]) -> bool:
 def report(pictures: Iterable[tuple[NDArray[np.uint8], Scene]]) -> dict[str, float]:
     """The mean of each attribute over many pictures."""
     judged = [judge(pixels, scene) for pixels, scene in pictures]
-    return {name: float(np.mean([each[name] for each in judged])) for name in _ATTRIBUTES}
+    return {name: float(np.mean([each[name] for each in judged])) for name in judged[0]}
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A whole model
-# ---------------------------------------------------------------------------------------------------------------------
 
 SETTINGS: dict[bool, tuple[dict[str, Any], ...]] = {  # of a model with a guidance embedder, and of one without
     True: (
@@ -133,7 +123,7 @@ SETTINGS: dict[bool, tuple[dict[str, Any], ...]] = {  # of a model with a guidan
 
 
 def measure(pipe: Pipeline, number: int = 256, batch: int = 64, **options: Any) -> dict[str, float]:
-    """What a model gets right of held-out prompts: the first ``number`` scenes of seed 0, each with its own noise.
+    """What a model gets right of held-out prompts: the first ``number`` scenes of seed 0, scene ``i`` from noise ``i``.
 
     Args:
         pipe: the model.
@@ -145,9 +135,8 @@ def measure(pipe: Pipeline, number: int = 256, batch: int = 64, **options: Any) 
     scenes = [random_scene(rng, held_out=True) for _ in range(number)]
     pictures: list[NDArray[np.uint8]] = []
     for first in range(0, number, batch):
-        some = scenes[first : first + batch]
-        seeds = range(first, first + len(some))
-        painted = pipe([scene.caption() for scene in some], seed=seeds, progress=False, **options)
+        captions = [scene.caption() for scene in scenes[first : first + batch]]
+        painted = pipe(captions, seed=range(first, first + len(captions)), progress=False, **options)
         pictures += [np.asarray(picture) for picture in painted]  # type: ignore[union-attr]
     return report(zip(pictures, scenes, strict=True))
 

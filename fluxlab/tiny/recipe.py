@@ -1,20 +1,24 @@
-"""How long each stage of flux-tiny's training is, and with what. Opened in chapter 16."""
+"""How long each stage of flux-tiny's training is, and with what settings. Opened in chapter 16."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fluxlab.config import VARIANTS
+
+DEV, SCHNELL = VARIANTS["flux-tiny-dev"], VARIANTS["flux-tiny-schnell"]
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long each stage is, and with what."""
+    """How long each stage is, and with what settings."""
 
     seed: int = 0
     crops: int = 6_000  # pictures whose 64x64 crops the autoencoder learns from
     autoencoder_steps: int = 2_600
     autoencoder_batch: int = 16
     divergence: float = 4e-3  # weight of the posterior's divergence from unit noise
-    pictures: int = 24_000  # of the usual size; a sixteenth of that, or fewer, for each other size
+    pictures: int = 24_000  # of the usual size; a sixteenth of that, or fewer, of each other size
     text_steps: int = 1_600  # text encoders alone, from captions
     captions: int = 128  # in a batch
     flow_steps: int = 8_500  # on from a teacher that had learned for 21,500
@@ -22,7 +26,7 @@ class Recipe:
     time_spread: float = 2.0
     reading: float = 0.1  # weight of the error in telling, halfway, what each token shows
     guidance_steps: int = 2_500
-    pairs: int = 9_000  # noise and picture of flux-tiny-dev, of the usual size, for flux-tiny-schnell
+    pairs: int = 9_000  # of a noise and what flux-tiny-dev paints from it, in the usual size, for flux-tiny-schnell
     schnell_guidance: float = 4.0  # at which they are painted
     reflow_steps: int = 2_500
     previewed: int = 24  # held-out prompts painted at every save, in rows of eight

@@ -1,19 +1,19 @@
 """How a flux-tiny is made: one command, in stages, from a seed. Opened in chapter 16.
 
-The one in data/ came of several runs, of which its card tells.
+The flux-tiny in data/ took several runs; the README beside it tells of them.
 
     tokenizers   from the picture world's captions
     autoencoder  pictures to latents and back; then its scale and shift are measured
-    text         T5 and CLIP, from captions alone: what is where
+    text         T5 and CLIP learn what is where, from captions alone
     latents      the pictures that the transformer learns from, encoded once
-    flow         rectified flow, with the text encoders, and captions dropped so that CFG works: the teacher
+    flow         rectified flow, with the text encoders, some captions dropped so that CFG works: the teacher
     guidance     flux-tiny-dev: the teacher's CFG output at any guidance, in one forward
     steps        flux-tiny-schnell: the same pictures in 1 to 4 steps
-    publish      the weights, in the official names, into data/, with the losses and sample grids
+    publish      the weights, under the official names, into data/, with the losses and sample grids
     measures     what both get right of 256 held-out prompts
 
-Every stage saves its state as it goes and, run again, continues where it stopped: each step draws its random numbers
-from the seed, the stage and the step alone.
+Every stage saves its state as it goes and, run again, continues where it stopped: the random numbers of a step depend
+on the seed, the stage and the step alone.
 """
 
 from __future__ import annotations
@@ -34,12 +34,11 @@ from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.distil import distil_guidance, distil_steps
 from fluxlab.tiny.measure import measure_all
-from fluxlab.tiny.pictures import encode_pictures
-from fluxlab.tiny.recipe import Recipe
-from fluxlab.tiny.text import train_tokenizers
+from fluxlab.tiny.pictures import USUAL, encode_pictures
+from fluxlab.tiny.recipe import DEV, SCHNELL, Recipe
 from fluxlab.tiny.train_autoencoder import train_autoencoder
-from fluxlab.tiny.train_flow import DEV, SCHNELL, train_flow
-from fluxlab.tiny.train_text import train_text
+from fluxlab.tiny.train_flow import train_flow
+from fluxlab.tiny.train_text import train_text, train_tokenizers
 from fluxlab.weights.convert import factors
 from fluxlab.weights.load import autoencoder_config, load_weights
 
@@ -51,10 +50,10 @@ def train(run: Path, recipe: Recipe | None = None, output: Path | None = None, e
 
     Args:
         run: keeps the state of every stage.
-        recipe: how long each is, and with what.
+        recipe: how long each stage is, and with what settings.
         output: where flux-tiny is written, if anywhere.
         earlier: folder of a flux-tiny to go on from: its autoencoder and tokenizers stay as they are, its text
-            encoders and its teacher learn on. By default all of it starts from new weights.
+            encoders and its teacher learn more. By default everything starts from new weights.
 
     Raises:
         WeightsError: ``earlier`` is not the folder of a flux-tiny.
@@ -74,10 +73,10 @@ def train(run: Path, recipe: Recipe | None = None, output: Path | None = None, e
     if output is not None:
         pipes = [Pipeline(DEV, dev, autoencoder, text), Pipeline(SCHNELL, schnell, autoencoder, text)]
         publish(run, output, pipes, learned)
-        if not (run / "measures.json").exists():
+        if not (measures := run / "measures.json").exists():
             rows = [row for pipe in pipes for row in measure_all(pipe, recipe.measured)]
-            write_text(json.dumps(rows, indent=1) + "\n", run / "measures.json")
-        (output / "training/measures.json").write_bytes((run / "measures.json").read_bytes())
+            write_text(json.dumps(rows, indent=1) + "\n", measures)
+        (output / "training/measures.json").write_bytes(measures.read_bytes())
 
 
 def begin_anew(run: Path, recipe: Recipe) -> tuple[AutoEncoder, TextEncoders]:
@@ -88,7 +87,7 @@ def begin_anew(run: Path, recipe: Recipe) -> tuple[AutoEncoder, TextEncoders]:
 
 
 def go_on_from(folder: Path) -> tuple[AutoEncoder, TextEncoders]:
-    """What those stages made for a flux-tiny that is published in a folder."""
+    """What those stages made for the flux-tiny that is published in a folder."""
     weights = folder / Path(DEV.autoencoder_file).name
     with torch.device("meta"):
         autoencoder = AutoEncoder(autoencoder_config(DEV, weights))
@@ -97,14 +96,14 @@ def go_on_from(folder: Path) -> tuple[AutoEncoder, TextEncoders]:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Which flux-tiny it is, wherever it lies: a checksum of its teacher."""
+    """Which flux-tiny it is, wherever the folder is: a checksum of its teacher."""
     if not (folder / TEACHER).is_file():
         raise WeightsError(f"earlier is {folder}, which has no {TEACHER}; give the folder of a flux-tiny")
     return f"{zlib.crc32((folder / TEACHER).read_bytes()):08x}"
 
 
 def _same_recipe(path: Path, given: dict[str, Any]) -> None:
-    """A run goes on as it began: what another recipe left there is not mixed in."""
+    """A run goes on with the recipe it began with: what another one left there must not be mixed in."""
     if path.exists() and (before := json.loads(path.read_text())) != given:
         changed = {name: (before.get(name), value) for name, value in given.items() if before.get(name) != value}
         raise ValueError(f"{path.parent} was begun with another recipe (then, now): {changed}; name another folder")
@@ -118,19 +117,16 @@ def publish(run: Path, output: Path, pipes: list[Pipeline], teacher: Flux) -> No
     flux-tiny-schnell's sizes and needs CFG, the recipe, the losses, and the sample grids of a few steps of each stage.
     """
     (output / "training").mkdir(parents=True, exist_ok=True)
-    shared = pipes[0]
-    files: list[tuple[str, Any, dict[str, str] | None]] = [
-        (pipe.variant.transformer_file, pipe.model, None) for pipe in pipes
-    ]
-    files.append((TEACHER, teacher, None))
-    files.append((shared.variant.autoencoder_file, shared.autoencoder, factors(shared.autoencoder.config)))
-    for name, module, metadata in files:
+    autoencoder, text = pipes[0].autoencoder, pipes[0].text
+    files: dict[str, Any] = {pipe.variant.transformer_file: pipe.model for pipe in pipes}
+    for name, module in (files | {TEACHER: teacher, DEV.autoencoder_file: autoencoder}).items():
+        metadata = factors(autoencoder.config) if module is autoencoder else None
         write_tensors(module.to(torch.bfloat16).state_dict(), output / name.removeprefix("flux-tiny/"), metadata)
         module.to(torch.float32)
-    for name in ("t5", "clip"):
-        encoder: Any = getattr(shared.text, name)
+    parts: dict[str, list[Any]] = {"t5": [text.t5, text.t5_tokenizer], "clip": [text.clip, text.clip_tokenizer]}
+    for name, (encoder, tokenizer) in parts.items():
         (output / name).mkdir(exist_ok=True)
-        for file in Path(getattr(shared.text, f"{name}_tokenizer").name_or_path).iterdir():
+        for file in Path(tokenizer.name_or_path).iterdir():
             (output / name / file.name).write_bytes(file.read_bytes())
         encoder.to(torch.bfloat16).save_pretrained(output / name)
         encoder.to(torch.float32)
@@ -139,12 +135,12 @@ def publish(run: Path, output: Path, pipes: list[Pipeline], teacher: Flux) -> No
     for stage in ("autoencoder", "flow", "guidance", "steps"):
         for grid in _a_few(sorted(run.glob(f"{stage}-*.png"))):
             with Image.open(grid) as picture:
-                rows = picture.height // (1 if stage == "autoencoder" else 3)  # truth and again; of samples, the first
-                top = picture.crop((0, 0, picture.width, rows))
-                top.quantize(128).save(output / "training" / grid.name, optimize=True)
+                rows = 2 if stage == "autoencoder" else 1  # truth and reconstruction; of samples, the first row
+                top = picture.crop((0, 0, picture.width, rows * USUAL[0])).quantize(128)
+                top.save(output / "training" / grid.name, optimize=True)
 
 
 def _a_few(grids: list[Path], most: int = 6) -> list[Path]:
-    """The first, the last, and some between, each about as many times later than the one before."""
+    """The first, the last and some between, the steps from one to the next growing by about the same factor."""
     places = {round(len(grids) ** (i / (most - 1))) - 1 for i in range(most)}
     return [grid for i, grid in enumerate(grids) if i in places]

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fluxlab.config import VARIANTS
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.blocks import layer_norm
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.inputs import FluxInputs
-from fluxlab.pipeline.latents import COMPRESSION, image_ids, pack, text_ids
+from fluxlab.pipeline.latents import COMPRESSION, PIXELS, image_ids, pack, text_ids
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.loop import fit
-from fluxlab.tiny.pictures import Pictures, save_grid, to_float
-from fluxlab.tiny.recipe import Recipe
+from fluxlab.tiny.pictures import USUAL, Pictures, save_grid, to_float
+from fluxlab.tiny.recipe import SCHNELL, Recipe
 from fluxlab.tiny.truth import NUMBER, answer_loss
 from fluxlab.tiny.world import random_picture
 from fluxlab.weights.load import load_weights
-
-DEV, SCHNELL = VARIANTS["flux-tiny-dev"], VARIANTS["flux-tiny-schnell"]
 
 
 def initialise(model: Flux) -> Flux:
@@ -51,18 +49,18 @@ def train_flow(
 ) -> Flux:
     """Rectified flow, transformer and text encoders together: the teacher, which needs CFG to follow a prompt well.
 
-    From new weights, or from those of an earlier ``teacher``. The text encoders must be its own.
+    It starts from new weights, or from an earlier ``teacher``; then ``text`` must be what that one learned with.
 
-    A token of these plain pictures says much of its neighbours, so what is where shows through a great deal of noise,
-    and is decided nearer to t = 1 than times around 0.5 reach: the times are drawn wide, and towards the noise.
+    In these plain pictures neighbouring tokens are much alike, so what is where shows through a great deal of noise
+    and is settled nearer to t = 1 than times around 0.5 reach. Hence the times are spread wide, and lean to the noise.
 
-    From this error alone, most of which is noise and jitter that nothing predicts, the network learns late to ask the
-    prompt what stands where. So halfway through the single blocks a linear reader tells from each image token what
-    the clean picture shows there, and its error is added. The reader serves this training alone.
+    Most of this error is noise and jitter that nothing can predict, and from it alone the network is slow to learn to
+    ask the prompt what stands where. So halfway through the single blocks a linear reader tells from each image token
+    what the clean picture shows there, and its error is added. After this training the reader is thrown away.
 
     Source: "Scaling Rectified Flow Transformers", Esser et al. 2024, for the times and their shift; "Representation
-    Alignment for Generation", Yu et al. 2024, for the help of what a clean picture shows (there, features of another
-    network).
+    Alignment for Generation", Yu et al. 2024, for learning from what the clean picture shows (there, the features of
+    another network).
     """
     torch.manual_seed(recipe.seed)
     model = initialise(Flux(SCHNELL.transformer))
@@ -91,21 +89,19 @@ def train_flow(
         return error + recipe.reading * answer_loss(told, chosen["shown"])
 
     painter = Pipeline(replace(SCHNELL, num_steps=20, time_shift=True), model, autoencoder, text)
-
-    def preview(step: int) -> None:
-        sample_grid(run / f"flow-{step:05d}.png", painter, recipe.previewed, true_cfg=3.0)
-
-    fit("flow", nn.ModuleList((model, text.t5, text.clip, reader)), loss, recipe.flow_steps, run, recipe, preview)
+    preview = partial(sample_grid, painter, recipe.previewed, true_cfg=3.0)
+    learners = nn.ModuleList((model, text.t5, text.clip, reader))
+    fit("flow", learners, loss, recipe.flow_steps, recipe.learning_rate, run, recipe, preview)
     hook.remove()
-    return model.requires_grad_(False)
+    return model
 
 
 def compiled(recipe: Recipe, module: Flux) -> Callable[..., Tensor]:
-    """The model's forward, compiled for pictures of the usual size; for the others, which are few, it would not pay."""
+    """The model's forward, compiled for pictures of the usual size; the others are too few for that to pay."""
     if not recipe.compile:
         return module
     fast = torch.compile(module, dynamic=False)
-    usual = (DEV.size // 16) ** 2
+    usual = USUAL[0] * USUAL[1] // PIXELS**2
     return lambda img, *others: (fast if img.shape[1] == usual else module)(img, *others)
 
 
@@ -123,17 +119,9 @@ def flow_inputs(start: Tensor, txt: Tensor, y: Tensor, guidance: float | None = 
     )
 
 
-def sample_grid(path: Path, pipe: Pipeline, number: int, **options: Any) -> None:
-    """What a model paints for the first held-out captions, as one PNG.
-
-    Args:
-        path: of the PNG.
-        pipe: the model.
-        number: of captions.
-        **options: of the pipeline, such as ``true_cfg``.
-    """
+def sample_grid(pipe: Pipeline, number: int, path: Path, **options: Any) -> None:
+    """What a model paints for the first ``number`` held-out captions, as one PNG; ``options`` are the pipeline's."""
     rng = np.random.default_rng(0)
     prompts = [random_picture(rng, held_out=True, complete=True).caption for _ in range(number)]
-    pictures = cast(list[Image.Image], pipe(prompts, seed=range(number), progress=False, **options))
-    painted = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-    save_grid(path, to_float(painted.permute(0, 3, 1, 2)), min(8, number))
+    painted: Any = pipe(prompts, seed=range(number), progress=False, **options)
+    save_grid(path, to_float(torch.from_numpy(np.stack(painted)).permute(0, 3, 1, 2)), math.gcd(8, number))

@@ -1,7 +1,7 @@
 """flux-tiny's world: pictures of coloured shapes, made by code, with caption and truth. Opened in chapter 16.
 
-A scene says what is there; drawing it adds jitter and gives pixels and one mask for each thing. A tenth of all scenes
-is held out: training never sees them, measuring uses them alone.
+A scene says what is there; drawing it adds jitter, and gives the pixels and one mask for each thing. A tenth of all
+scenes is held out: training never sees them, measuring sees nothing else.
 Axes: things N, height H, width W.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
@@ -65,7 +66,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: one thing at a place, or two of which the first is left of, or above, the second."""
+    """What a picture shows: one thing at a place, or two, the first of them left of the second or above it."""
 
     things: tuple[Thing, ...]
     where: str  # a place for one thing, a relation for two
@@ -76,14 +77,13 @@ class Scene:
         """Whether this combination is kept from training: one in ten, by a checksum of its words."""
         return zlib.crc32(self.caption().encode()) % 10 == 0
 
-    def caption(self, rng: np.random.Generator | None = None, complete: bool = True) -> str:
-        """One phrasing of the scene: the plain one without ``rng``, else drawn.
+    def caption(self, rng: Generator | None = None, complete: bool = True) -> str:
+        """One phrasing of the scene.
 
         Args:
-            rng: draws the phrasing.
+            rng: draws the phrasing; without it, the plain one.
             complete: if False, the size, the place or the relation may be left unsaid.
         """
-
         may_omit = rng if not complete else None
         with_size = not _happens(0.25, may_omit)
         first, *rest = (thing.words(with_size) for thing in self.things)
@@ -98,13 +98,13 @@ class Scene:
         return _choose(_PHRASINGS, rng).format(what=what, background=self.background)
 
 
-def _choose(options: tuple[str, ...], rng: np.random.Generator | None) -> str:
-    """One of the options; without ``rng`` the first."""
+def _choose(options: tuple[str, ...], rng: Generator | None) -> str:
+    """One of the options; without ``rng``, the first."""
     return options[0] if rng is None else options[rng.integers(len(options))]
 
 
-def _happens(share: float, rng: np.random.Generator | None) -> bool:
-    """True in that share of draws; without ``rng`` never."""
+def _happens(share: float, rng: Generator | None) -> bool:
+    """True in that share of draws; without ``rng``, never."""
     return rng is not None and rng.random() < share
 
 
@@ -118,7 +118,7 @@ class Picture:
     masks: NDArray[np.float32]  # N H W: how much of each pixel the thing covers, 0 to 1
 
 
-def random_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
+def random_scene(rng: Generator, held_out: bool = False) -> Scene:
     """A scene from the training combinations, or from the held-out ones; two things never look alike."""
     while True:
         things = tuple(
@@ -133,17 +133,15 @@ def random_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
 
 
 def random_picture(
-    rng: np.random.Generator, height: int = 128, width: int = 128, held_out: bool = False, complete: bool = False
+    rng: Generator, height: int = 128, width: int = 128, held_out: bool = False, complete: bool = False
 ) -> Picture:
     """A random scene, phrased and drawn."""
     scene = random_scene(rng, held_out)
     return draw_scene(scene, rng, height, width, scene.caption(rng, complete))
 
 
-def draw_scene(
-    scene: Scene, rng: np.random.Generator, height: int = 128, width: int = 128, caption: str | None = None
-) -> Picture:
-    """Draw a scene: anti-aliased, with jitter in place, size, angle and colour."""
+def draw_scene(scene: Scene, rng: Generator, height: int = 128, width: int = 128, caption: str = "") -> Picture:
+    """Draw a scene: anti-aliased, with jitter in place, size, angle and colour; by default with its plain caption."""
     pixels = np.tile(_jittered(BACKGROUNDS[scene.background], 5, rng), (height, width, 1))
     masks: list[NDArray[np.float64]] = []
     for thing, (x, y) in zip(scene.things, _centres(scene, rng), strict=True):
@@ -155,11 +153,11 @@ def draw_scene(
     return Picture(scene, caption or scene.caption(), rounded, np.stack(masks).astype(np.float32))
 
 
-def _jittered(colour: tuple[int, int, int], spread: float, rng: np.random.Generator) -> NDArray[np.float64]:
+def _jittered(colour: tuple[int, int, int], spread: float, rng: Generator) -> NDArray[np.float64]:
     return np.clip(np.asarray(colour) + rng.uniform(-spread, spread, 3), 0, 255)
 
 
-def _centres(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]]:
+def _centres(scene: Scene, rng: Generator) -> list[tuple[float, float]]:
     """Centre of each thing, as shares of width and height."""
     if len(scene.things) == 1:
         x, y = PLACES[scene.where]
@@ -200,24 +198,13 @@ def _polygon(points: list[tuple[float, float]]) -> Distance:
     return distance
 
 
-def _turned(radii: tuple[float, ...], corners: int) -> list[tuple[float, float]]:
-    """Corners around the centre, from the top on, at the given radii in turn."""
-    angles = np.arange(corners) * 2 * np.pi / corners
-    return [(radii[i % len(radii)] * np.sin(a), -radii[i % len(radii)] * np.cos(a)) for i, a in enumerate(angles)]
-
-
-_ARM = 0.32  # half the width of a cross's arm
+_CORNERS = ((0.32, -1), (0.32, -0.32), (1, -0.32))  # of a cross, from one arm to the next
+_QUARTERS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # cosine and sine of the turns that lead to the others
 _DISTANCES: dict[str, Distance] = {
     "circle": lambda x, y: np.hypot(x, y) - 0.95,
     "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.76) - 0.22,
     "square": _polygon([(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)]),
     "triangle": _polygon([(0.0, -1.0), (1.0, 0.75), (-1.0, 0.75)]),
-    "star": _polygon(_turned((1.12, 0.47), 10)),
-    "cross": _polygon(
-        [
-            (sx * a, sy * b)
-            for sx, sy, order in ((1, -1, 0), (1, 1, 1), (-1, 1, 0), (-1, -1, 1))
-            for a, b in (((_ARM, 1), (_ARM, _ARM), (1, _ARM)) if order == 0 else ((1, _ARM), (_ARM, _ARM), (_ARM, 1)))
-        ]
-    ),
+    "star": _polygon([(r * np.sin(i * np.pi / 5), -r * np.cos(i * np.pi / 5)) for i, r in enumerate(5 * (1.12, 0.47))]),
+    "cross": _polygon([(c * x - s * y, s * x + c * y) for c, s in _QUARTERS for x, y in _CORNERS]),
 }

@@ -1,11 +1,12 @@
 """Every stage of the training, for two steps each."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -18,10 +19,10 @@ from fluxlab.tiny import train_autoencoder as first_stage
 from fluxlab.tiny.distil import without_guidance
 from fluxlab.tiny.loop import fit
 from fluxlab.tiny.pictures import encode_pictures
-from fluxlab.tiny.recipe import SMOKE
+from fluxlab.tiny.recipe import SCHNELL, SMOKE
 from fluxlab.tiny.train import TEACHER, go_on_from, publish, train
 from fluxlab.tiny.train_autoencoder import train_autoencoder
-from fluxlab.tiny.train_flow import SCHNELL, initialise, train_flow
+from fluxlab.tiny.train_flow import initialise, sample_grid, train_flow
 from fluxlab.tiny.truth import OPTIONS, SLOTS, answer_loss, of_slots, of_tokens
 from fluxlab.tiny.world import Scene, Thing, draw_scene
 from fluxlab.weights.find import data_folder
@@ -51,6 +52,11 @@ def test_all_stages_run_resume_and_write_what_the_library_loads(tmp_path, monkey
         "flow-00001.png",
         "steps-00002.png",
     }
+    with Image.open(output / "training/autoencoder-00001.png") as truth, Image.open(run / "flow-00001.png") as samples:
+        assert truth.size == (8 * 128, 2 * 128)
+        assert samples.size == (2 * 128, 128)
+    with Image.open(output / "training/flow-00001.png") as published:
+        assert published.size == samples.size  # the first row, whole
     fl.load_weights(fl.build("flux-tiny-schnell", device="meta"), output / "training/teacher.safetensors")
     measures = json.loads((output / "training/measures.json").read_text())
     assert {row["variant"] for row in measures} == {"flux-tiny-dev", "flux-tiny-schnell"}
@@ -127,11 +133,82 @@ def test_what_a_training_cannot_begin_with_is_said_before_any_work(tmp_path):
     assert not (tmp_path / "r/recipe.json").exists()
 
 
+def small(seed=0):
+    """A weight for each of the optimizers."""
+    torch.manual_seed(seed)
+    return nn.ModuleDict({"x_blocks": nn.Linear(3, 3), "out": nn.Linear(3, 1)})
+
+
+def loss_of(module, seen=None, most=4):
+    def loss(generator):
+        if seen is not None:
+            seen.append([p.detach().clone() for p in module.parameters()])
+            if len(seen) > most:
+                raise KeyboardInterrupt
+        return module["out"](module["x_blocks"](torch.randn(5, 3, generator=generator))).square().mean()
+
+    return loss
+
+
+def test_what_is_left_and_what_a_preview_sees_are_the_averaged_weights(tmp_path):
+    module, seen, previewed = small(), [], []
+    recipe = replace(SMOKE, save_every=3)
+
+    def preview(path):
+        previewed.append((path.name, [p.detach().clone() for p in module.parameters()]))
+
+    fit("x", module, loss_of(module, seen, 10), 4, 0.1, tmp_path, recipe, preview)
+    saved = Checkpoint(tmp_path / "x.state.safetensors")
+    seen.append([saved[f"{i}.value"] for i in range(4)])
+    average = [p.double() for p in seen[0]]
+    for step, values in enumerate(seen[1:]):
+        decay = (1 + step) / (10 + step)
+        average = [decay * mean + (1 - decay) * value for mean, value in zip(average, values, strict=True)]
+        if step == 2:
+            halfway = average
+    assert [name for name, _ in previewed] == ["x-00003.png", "x-00004.png"]
+    for expected, found in ((halfway, previewed[0][1]), (average, previewed[1][1]), (average, module.parameters())):
+        for a, b in zip(expected, found, strict=True):
+            torch.testing.assert_close(b.detach().double(), a, atol=1e-6, rtol=1e-6)
+    assert not any(p.requires_grad for p in module.parameters())
+
+
+def test_both_optimizers_go_on_where_they_were_stopped(tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    whole.mkdir()
+    halves.mkdir()
+    recipe = replace(SMOKE, save_every=2)
+    at_once, stopped, resumed = small(), small(), small(seed=1)
+    fit("x", at_once, loss_of(at_once), 6, 0.1, whole, recipe)
+    with pytest.raises(KeyboardInterrupt):
+        fit("x", stopped, loss_of(stopped, [], most=4), 6, 0.1, halves, recipe)
+    fit("x", resumed, loss_of(resumed), 6, 0.1, halves, recipe)
+    assert all(torch.equal(a, b) for a, b in zip(at_once.parameters(), resumed.parameters(), strict=True))
+    a, b = (Checkpoint(run / "x.state.safetensors") for run in (whole, halves))
+    assert {name.rpartition(".")[2] for name in a.entries} > {"value", "average", "exp_avg", "momentum_buffer"}
+    assert all(torch.equal(a[name], b[name]) for name in a.entries)
+
+
+@pytest.mark.parametrize(("number", "shape"), [(9, (1, 9)), (24, (8, 3)), (2, (2, 1))])
+def test_any_number_of_samples_makes_a_grid(tmp_path, number, shape):
+    class Painter(Pipeline):
+        def __init__(self):
+            pass
+
+        def __call__(self, prompts, **_):
+            return [Image.new("RGB", (16, 16), (i, 0, 0)) for i in range(len(prompts))]
+
+    sample_grid(Painter(), number, tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (16 * shape[0], 16 * shape[1])
+        assert np.asarray(grid)[::16, ::16, 0].ravel().tolist() == list(range(number))
+
+
 def test_a_record_has_each_step_once(tmp_path):
     """What was noted after the last save is done again."""
     (tmp_path / "x.jsonl").write_text('{"step": 1}\n')
     module = nn.Linear(1, 1)
-    fit("x", module, lambda _: module.weight.sum(), 2, tmp_path, SMOKE)
+    fit("x", module, lambda _: module.weight.sum(), 2, 1e-3, tmp_path, SMOKE)
     assert [json.loads(line)["step"] for line in (tmp_path / "x.jsonl").read_text().splitlines()] == [1, 2]
 
 

@@ -5,27 +5,24 @@ Axes: batch B, heads H, tokens L, head width D, channels C.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from numbers import Integral
 from threading import get_ident
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from fluxlab.inspect.attention import Range, attention_weights, tokens_of
 from fluxlab.inspect.names import Names, choose, unwrapped
 from fluxlab.inspect.tape import Tape
 from fluxlab.model.observe import observers
 
-Range = slice | Literal["text", "image"] | None
 Change = Callable[[Tensor], Tensor]
-_CHUNK = 64 * 2**20  # bytes of scores at a time
 
 
 @contextmanager
@@ -100,9 +97,14 @@ def capture(
         return tensor
 
     def attend(name: str, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> Tensor:
-        rows, columns = (_tokens(r, q.shape[2], tape.text_tokens) for r in (queries, keys))
+        rows, columns = (tokens_of(r, q.shape[2], tape.text_tokens) for r in (queries, keys))
         picked = range(q.shape[1]) if heads is None else heads
-        count = q.shape[0] * (1 if mean_heads else len(picked)) * _length(rows, q) * _length(columns, q)
+        count = (
+            q.shape[0]
+            * (1 if mean_heads else len(picked))
+            * len(range(*rows.indices(q.shape[2])))
+            * len(range(*columns.indices(q.shape[2])))
+        )
         if keep(name, q, count * (dtype or torch.float32).itemsize):
             put(name, attention_weights(q, k, picked, rows, columns, mean_heads))
         return attended
@@ -158,61 +160,6 @@ def patch(model: nn.Module, name: Names, change: Change) -> Iterator[None]:
         if "clean" in chosen:
             raise ValueError("'clean' is worked out from the velocity and does not go on; change 'velocity' instead")
         yield
-
-
-def attention_weights(
-    q: Float[Tensor, "batch heads tokens dim"],
-    k: Float[Tensor, "batch heads tokens dim"],
-    heads: Sequence[int],
-    queries: slice,
-    keys: slice,
-    mean_heads: bool = False,
-) -> Float[Tensor, "batch kept_heads queries keys"]:
-    """``softmax(q k^T / sqrt(D))`` of rotated q and k, a few rows of one head at a time, in float32 at least.
-
-    Args:
-        q: rotated queries.
-        k: rotated keys.
-        heads: which to keep.
-        queries: the rows to keep.
-        keys: the columns to keep; the softmax runs over all of them.
-        mean_heads: give the mean over ``heads``, as one head.
-
-    Raises:
-        ValueError: there is no such head.
-    """
-    if wrong := [head for head in heads if not 0 <= head < q.shape[1]]:
-        raise ValueError(f"heads has {wrong[0]}, and the model has heads 0 to {q.shape[1] - 1}")
-    wide = torch.promote_types(q.dtype, torch.float32)
-    rows, columns = q[:, :, queries].shape[2], k[:, :, keys].shape[2]
-    out = q.new_zeros((q.shape[0], 1 if mean_heads else len(heads), rows, columns), dtype=wide)
-    step = max(1, _CHUNK // (q.shape[0] * k.shape[2] * wide.itemsize))
-    for i, head in enumerate(heads):
-        towards = k[:, head].to(wide).transpose(1, 2)
-        for start in range(0, rows, step):
-            some = q[:, head, queries][:, start : start + step].to(wide)
-            weights = (some @ towards / math.sqrt(q.shape[3])).softmax(dim=-1)[..., keys]
-            if mean_heads:
-                out[:, 0, start : start + step] += weights / len(heads)
-            else:
-                out[:, i, start : start + step] = weights
-    return out
-
-
-def _tokens(chosen: Range, tokens: int, text: int | None) -> slice:
-    if chosen is None or isinstance(chosen, slice):
-        return chosen or slice(None)
-    if chosen not in ("text", "image"):
-        raise ValueError(f"queries and keys are a slice, 'text' or 'image'; got {chosen!r}")
-    if text is None:
-        raise ValueError(
-            f"{chosen!r} needs to know where the text ends, which a single block is not told; give a slice"
-        )
-    return slice(0, text) if chosen == "text" else slice(text, tokens)
-
-
-def _length(chosen: slice, q: Tensor) -> int:
-    return len(range(*chosen.indices(q.shape[2])))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

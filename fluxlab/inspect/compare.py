@@ -1,6 +1,6 @@
-"""Where two runs part: the first tensor that differs, and by how much, in float32 and in float64.
+"""Where two runs part: the first tensor that differs, and by how much, in float32 and in float64. Chapter 07.
 
-When two implementations differ, a wider dtype tells why: rounding shrinks, a mistake does not. Opened in chapter 07.
+When two implementations differ, a wider dtype tells why: rounding shrinks, a mistake does not.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fluxlab.inspect.capture import capture
-from fluxlab.inspect.names import available
+from fluxlab.inspect.names import available, unwrapped
 from fluxlab.inspect.table import Table
+from fluxlab.inspect.tape import Tape
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.inputs import FluxInputs
 from fluxlab.weights.layouts import rules
@@ -42,23 +43,27 @@ class Comparison:
 def compare(
     a: Run, b: Run, inputs: FluxInputs | Mapping[str, Tensor] | None = None, tolerance: float = 1e-5
 ) -> Comparison:
-    """Hold the tensors of two runs against each other.
+    """Compare the tensors of two runs, one by one.
 
     Each of the two is a tape, a dict of named tensors, or a module; modules are run here on ``inputs``, as copies,
-    in float32 and again in float64. A ``FluxTransformer2DModel`` of diffusers is run as it wants to be, and what its
-    layers give is put under the official names.
+    in float32 and, where the device has it, again in float64. A ``FluxTransformer2DModel`` of diffusers is called with
+    its own names, and what its layers give is put under the official ones. Where a tape has several forwards, the
+    tensor ``vec`` of forward 3 is called ``3/vec``, and they are compared in the order of the run.
 
     Args:
         a: the first run.
         b: the second.
         inputs: what the modules are called with, by name.
-        tolerance: largest difference over the largest value that counts as the same; it is asked of float64 where
-            that was run.
+        tolerance: largest difference over the largest value that counts as the same, in the widest dtype that was run.
 
     Raises:
         ValueError: a module without inputs, or no name in common; shapes that differ.
     """
-    widths = [torch.float32, torch.float64] if isinstance(a, nn.Module) and isinstance(b, nn.Module) else [None]
+    a, b = (unwrapped(run)[""] if isinstance(run, nn.Module) else run for run in (a, b))
+    modules = [run for run in (a, b) if isinstance(run, nn.Module)]
+    widths: list[torch.dtype | None] = [torch.float32, torch.float64] if len(modules) == 2 else [None]
+    if len(modules) == 2 and any(p.device.type == "mps" for module in modules for p in module.parameters()):
+        widths = [torch.float32]  # all that this device has
     rows: dict[str, dict[str, Any]] = {}
     for dtype in widths:
         ours, theirs = (_tensors(run, inputs, dtype) for run in (a, b))
@@ -82,14 +87,16 @@ def _difference(name: str, a: Tensor, b: Tensor) -> tuple[float, float]:
     """The largest difference, and the same over the largest value of ``a``; not-a-number where there is one."""
     if a.shape != b.shape:
         raise ValueError(f"{name} has shape {tuple(a.shape)} in a and {tuple(b.shape)} in b")
-    largest = (a.double() - b.double()).abs().max().item()
-    size = a.double().abs().max().item()
+    a, b = a.detach().cpu().double(), b.detach().cpu().double()
+    largest, size = (a - b).abs().max().item(), a.abs().max().item()
     return largest, largest / size if size else largest
 
 
 def _tensors(
     run: Run, inputs: FluxInputs | Mapping[str, Tensor] | None, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
+    if isinstance(run, Tape) and len(run.captured) > 1:
+        return {f"{i}/{name}": tensor for i in run.captured for name, tensor in run.forward(i).items()}
     if not isinstance(run, nn.Module):
         return dict(run)
     if inputs is None:

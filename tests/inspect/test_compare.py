@@ -108,3 +108,25 @@ def test_a_wrapped_model_is_not_taken_for_diffusers(model, inputs):
 def test_a_module_without_inputs_is_refused(model):
     with pytest.raises(ValueError, match="inputs is None"):
         fl.compare(model, model)
+
+
+def test_sampling_runs_are_compared_forward_by_forward(model, inputs):
+    def run(model, change=0.0):
+        with torch.no_grad(), fl.capture(model, ["velocity", "vec"]) as tape:
+            for i in range(12):
+                model(**inputs.kwargs() | {"guidance": inputs.guidance + change * (i == 10)})
+        return tape
+
+    one, same, other = run(model), run(model), run(model, 0.5)
+    assert fl.compare(one, one).first is None
+    assert fl.compare(one, same).first is None
+    found = fl.compare(one, other)
+    assert found.first == "10/vec"
+    assert found.table.column("name") == [f"{i}/{name}" for i in range(12) for name in ("vec", "velocity")]
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_compiled_model_is_compared_as_the_plain_one(model, inputs):
+    compiled = torch.compile(copy.deepcopy(model), backend="eager")
+    assert fl.compare(model, compiled, inputs).first is None
+    assert fl.compare(compiled, model, inputs).first is None

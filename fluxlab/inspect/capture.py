@@ -97,14 +97,10 @@ def capture(
         return tensor
 
     def attend(name: str, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> Tensor:
-        rows, columns = (tokens_of(r, q.shape[2], tape.text_tokens) for r in (queries, keys))
+        rows, columns = (tokens_of(chosen, q.shape[2], tape.text_tokens) for chosen in (queries, keys))
         picked = range(q.shape[1]) if heads is None else heads
-        count = (
-            q.shape[0]
-            * (1 if mean_heads else len(picked))
-            * len(range(*rows.indices(q.shape[2])))
-            * len(range(*columns.indices(q.shape[2])))
-        )
+        height, width = (len(range(q.shape[2])[chosen]) for chosen in (rows, columns))
+        count = q.shape[0] * (1 if mean_heads else len(picked)) * height * width
         if keep(name, q, count * (dtype or torch.float32).itemsize):
             put(name, attention_weights(q, k, picked, rows, columns, mean_heads))
         return attended

@@ -1,4 +1,4 @@
-"""`make bench`: a double block, a single block and the whole of one each, at full width, beside diffusers' and the floor.
+"""`make bench`: a double block, a single block and a model of one each, at full width, beside diffusers'.
 
 The floor is what no arrangement of a block can do without: its matrix products, with their biases, and its attention.
 All have the same weights and run in turn, so that a machine that slows down slows all of them. Times are medians, and

@@ -100,6 +100,8 @@ def capture(
         rows, columns = (tokens_of(chosen, q.shape[2], tape.text_tokens) for chosen in (queries, keys))
         picked = range(q.shape[1]) if heads is None else heads
         height, width = (len(range(q.shape[2])[chosen]) for chosen in (rows, columns))
+        if not height * width:
+            raise ValueError(f"queries is {queries!r} and keys is {keys!r}; of {q.shape[2]} tokens they pick none")
         count = q.shape[0] * (1 if mean_heads else len(picked)) * height * width
         if keep(name, q, count * (dtype or torch.float32).itemsize):
             put(name, attention_weights(q, k, picked, rows, columns, mean_heads))
@@ -208,7 +210,10 @@ def _watching(
             given = signature(model.forward).bind(*args, **kwargs).arguments
             img, t = given["img"][..., : output.shape[-1]], given["timesteps"][:, None, None].to(output.device)
             taken("clean", img - (t * output).to(output.dtype))
-        return _each(outputs[module], output, taken) if module in outputs else None
+        if module not in outputs:
+            return None
+        seen.add(outputs[module])
+        return _each(outputs[module], output, taken)
 
     before_handle = register_module_forward_pre_hook(before)
     after_handle = register_module_forward_hook(after, with_kwargs=True)

@@ -20,7 +20,7 @@ from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.inputs import FluxInputs
 from fluxlab.weights.layouts import rules
 
-Run = Mapping[str, Tensor] | nn.Module
+Run = Mapping[str, Any] | nn.Module  # of tensors
 
 
 class Comparison:
@@ -111,7 +111,7 @@ def _tensors(
         given = _for_diffusers(given)
     elif isinstance(module, Flux):  # with the layers whose outputs have no entry of their own
         names += [name for name, part in module.named_modules() if isinstance(part, nn.Linear) and name not in names]
-    with torch.no_grad(), capture(module, names) as tape:
+    with torch.no_grad(), capture(module, set(names).__contains__) as tape:
         module(**given)
     return dict(tape)
 

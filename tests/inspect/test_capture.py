@@ -469,6 +469,7 @@ def test_a_copy_made_while_looking_is_a_model_of_its_own(model, inputs):
         ({"forwards": [0, 3]}, "forwards has 3, counted from 0, and the model ran 1 times"),
         ({"heads": 0}, "heads is 0; give a list"),
         ({"heads": [-1]}, "heads is .-1.; give a list"),
+        ({"queries": slice(50, 60)}, "queries is slice.50, 60, None. and keys is None; of 44 tokens they pick none"),
     ],
 )
 def test_numbers_that_pick_nothing_are_refused(model, inputs, options, said):

@@ -7,9 +7,9 @@ tests a model's name: code asks the config.
 from __future__ import annotations
 
 import difflib
+import operator
 from dataclasses import dataclass, replace
 from math import inf
-from numbers import Integral
 from typing import Any
 
 EMBEDDING_DIM = 256  # numbers of the sinusoid that a time or a guidance becomes, in every model
@@ -19,11 +19,28 @@ class ConfigError(ValueError):
     """A config whose numbers do not fit together, or a variant that does not exist."""
 
 
+def whole(name: str, value: Any, least: int = 1, most: int = 2**64 - 1) -> int:
+    """An argument as an int: Python's, numpy's or a tensor's.
+
+    Raises:
+        ValueError: it is not a whole number, or out of range.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if not least <= number <= most:
+        limit = f"at least {least}" if number < least else f"at most {most}"
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of {limit}")
+    return number
+
+
 def _check_sizes(config: Any, *names: str, least: int = 1) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, Integral) or value < least:
-            raise ConfigError(f"{name} is {value!r}; it must be a whole number, at least {least}")
+    try:
+        for name in names:
+            whole(name, getattr(config, name), least)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -134,11 +151,6 @@ class Variant:
         """Whether the weights are carried in data/."""
         return self.repo is None
 
-    @property
-    def needs_picture(self) -> bool:
-        """Whether it cannot paint without a picture, which it is shown beside noise and prompt."""
-        return self.pipeline != "FluxPipeline"
-
 
 _DEV = Variant(
     name="flux-dev",
@@ -216,7 +228,7 @@ VARIANTS: dict[str, Variant] = {
             transformer_file="flux1-schnell.safetensors",
         ),
         _relative("Krea", guidance=4.5),
-        _relative("Kontext", guidance=2.5, pipeline="FluxKontextPipeline"),
+        _relative("Kontext", guidance=2.5, num_steps=30, pipeline="FluxKontextPipeline"),
         # 384 = 64 noisy latent + 64 latent of the masked picture + 256 mask (8x8 pixels of each latent cell, 2x2 cells)
         _relative("Fill", 384, guidance=30.0, pipeline="FluxFillPipeline"),
         # 128 = 64 noisy latent + 64 latent of the edge or depth picture

@@ -118,6 +118,7 @@ def load_encoder(kind: Any, source: str | Path, dtype: torch.dtype | Literal["au
         raise WeightsError(f"{source}: no {kind.__name__} can be read from it ({error})") from error
     unexpected = [name for name in found["unexpected_keys"] if not _OTHER_PARTS.match(name)]
     if problem := describe_difference(found["missing_keys"], unexpected):
-        hint = "; quantized weights are not read here" if any("scale" in name for name in unexpected) else ""
-        raise WeightsError(f"{source}: not the weights of a {kind.__name__}: {problem}{hint}")
+        kept = "whole" if found["missing_keys"] else "plain"
+        hint = "; weights with scales beside them are quantized, and not read here" if unexpected else ""
+        raise WeightsError(f"{source}: not a {kept} {kind.__name__}: {problem}{hint}")
     return model

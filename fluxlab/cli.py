@@ -39,7 +39,7 @@ def _command(function: Callable[..., None]) -> None:
             function(**{k: value.expanduser() if isinstance(value, Path) else value for k, value in given.items()})
         except BrokenPipeError:  # whoever reads has seen enough
             raise
-        except (ValueError, OSError, ImportError, MemoryError, ArithmeticError) as error:
+        except (ValueError, OSError, ImportError, MemoryError, ArithmeticError, torch.OutOfMemoryError) as error:
             typer.secho(f"fluxlab: {' '.join(str(error).split()) or type(error).__name__}", err=True, fg="red")
             raise typer.Exit(2) from error
 

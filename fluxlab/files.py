@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,13 +28,6 @@ class WeightsError(ValueError):
     """A file that cannot be read, or that does not hold what it should."""
 
 
-class Entry(NamedTuple):
-    """A tensor's shape and dtype."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
 class Checkpoint(Mapping[str, Tensor]):
     """The tensors of a safetensors file, or of shards, by name; each is read when it is asked for."""
 
@@ -52,7 +44,7 @@ class Checkpoint(Mapping[str, Tensor]):
             raise WeightsError(f"dtype is {dtype}; give a floating dtype, such as torch.bfloat16")
         self.path = Path(path).expanduser()
         self._where: dict[str, safe_open] = {}
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, Tensor] = {}  # on the meta device: shapes and dtypes alone
         self.metadata: dict[str, str] = {}
         for file in map(_open, _shards(self.path)):
             self.metadata |= file.metadata() or {}
@@ -61,8 +53,7 @@ class Checkpoint(Mapping[str, Tensor]):
                     raise WeightsError(f"{self.path}: {name} is in two files; remove the one of another checkpoint")
                 tensor = file.get_tensor(name)  # mapped: no values are read yet
                 self._where[name] = file
-                cast = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-                self.entries[name] = Entry(tuple(tensor.shape), cast)
+                self.entries[name] = tensor.to("meta", dtype if tensor.is_floating_point() else None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -79,8 +70,7 @@ class Checkpoint(Mapping[str, Tensor]):
         cast = tensor.to(dtype)
         narrower = dtype != tensor.dtype and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
         if narrower and cast.float().isfinite().sum() != tensor.float().isfinite().sum():
-            most = torch.finfo(dtype).max
-            raise WeightsError(f"{self.path}: {name} has values above {most:g}, where {dtype} ends; take bfloat16")
+            raise WeightsError(f"{self.path}: {name} has values that {dtype} cannot hold; take torch.bfloat16")
         return cast
 
 
@@ -159,12 +149,11 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Map
     """
     if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise WeightsError(f"{empty[0]} is on the meta device and has no values to write")
-    entries = {name: Entry(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    stream_tensors(entries, ((name, tensor.detach().cpu()) for name, tensor in tensors.items()), path, metadata)
+    stream_tensors(tensors, ((name, tensor.detach().cpu()) for name, tensor in tensors.items()), path, metadata)
 
 
 def stream_tensors(
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, Tensor],
     tensors: Iterable[tuple[str, Tensor]],
     path: str | Path,
     metadata: Mapping[str, str] | None = None,
@@ -172,7 +161,7 @@ def stream_tensors(
     """Write a safetensors file one tensor at a time, so that the memory it takes is that of one tensor.
 
     Args:
-        entries: every tensor's shape and dtype, in the order of the file.
+        entries: every tensor's shape and dtype, in the order of the file; its values are not looked at.
         tensors: name and value, in the same order.
         path: of the file, which is written whole or not at all.
         metadata: words to go with them.
@@ -184,17 +173,17 @@ def stream_tensors(
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
-    for name, (shape, dtype) in entries.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        called = json.loads(save({"": torch.empty(0, dtype=dtype)})[8:])[""]["dtype"]  # by safetensors itself
-        header[name] = {"dtype": called, "shape": list(shape), "data_offsets": [start, end]}
+    for name, entry in entries.items():
+        start, end = end, end + entry.numel() * entry.itemsize
+        called = json.loads(save({"": torch.empty(0, dtype=entry.dtype)})[8:])[""]["dtype"]  # by safetensors itself
+        header[name] = {"dtype": called, "shape": list(entry.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, entry), (given, tensor) in zip(entries.items(), tensors, strict=True):
-            if (given, tuple(tensor.shape), tensor.dtype) != (name, *entry):
-                raise WeightsError(f"{given} is {tuple(tensor.shape)} {tensor.dtype}, where {name} {entry} was to come")
+            if (given, tensor.shape, tensor.dtype) != (name, entry.shape, entry.dtype):
+                raise WeightsError(f"{given} comes as {tensor.dtype} {list(tensor.shape)}, where {name} was to come")
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 

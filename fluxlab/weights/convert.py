@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,18 +13,17 @@ from torch import Tensor
 
 from fluxlab.config import AutoEncoderConfig, Variant
 from fluxlab.extras import importing
-from fluxlab.files import Checkpoint, Entry, WeightsError, read_json, replacing, stream_tensors, write_text
+from fluxlab.files import Checkpoint, WeightsError, read_json, replacing, stream_tensors, write_text
 from fluxlab.weights.find import find_files
 from fluxlab.weights.layouts import Config, Layout, rules, shapes
 from fluxlab.weights.load import autoencoder_config, check_shapes, load_encoder
 
+Tensors = Mapping[str, Tensor]
+Named = Iterable[tuple[str, Tensor]]
+
 
 def convert(
-    variant: Variant,
-    output: str | Path,
-    to: Layout,
-    source: str | Path | None = None,
-    dtype: torch.dtype | None = None,
+    variant: Variant, output: str | Path, to: Layout, source: str | Path | None = None, dtype: torch.dtype | None = None
 ) -> None:
     """Convert a whole model: transformer, autoencoder, text encoders, tokenizers and scheduler; or one part of it.
 
@@ -45,9 +44,8 @@ def convert(
     _check_output(output, to)
     if source is not None and _is_part(Path(source).expanduser()):
         vae = "encoder.conv_in.weight" in Checkpoint(source)
-        return convert_part(
-            source, output, autoencoder_config(variant, source) if vae else variant.transformer, to, dtype
-        )
+        config: Config = autoencoder_config(variant, source) if vae else variant.transformer
+        return convert_part(source, output, config, to, dtype)
     if to == "official" and source is None:
         raise WeightsError("source is missing; give the diffusers folder to convert")
     with importing():
@@ -83,8 +81,7 @@ def convert_part(
     _check_output(output, to)
     checkpoint = Checkpoint(source, dtype)
     check_shapes(checkpoint, shapes(config, "diffusers" if to == "official" else "official"))
-    empty = {name: torch.empty(shape, dtype=kept, device="meta") for name, (shape, kept) in checkpoint.entries.items()}
-    entries = {name: Entry(tuple(t.shape), t.dtype) for name, t in _converted(empty, config, to)}
+    entries = dict(_converted(checkpoint.entries, config, to))
     with replacing(output) as file:
         if to == "diffusers":
             file.mkdir()
@@ -112,7 +109,7 @@ def _check_output(output: str | Path, to: str) -> None:
         raise WeightsError(f"{output}: exists already; remove it, or name another output")
 
 
-def _converted(tensors: Mapping[str, Tensor], config: Config, to: Layout) -> Iterator[tuple[str, Tensor]]:
+def _converted(tensors: Tensors, config: Config, to: Layout) -> Named:
     for rule in rules(config):
         if to == "diffusers":
             yield from rule.split(tensors[rule.official]).items()
@@ -124,12 +121,7 @@ def _converted(tensors: Mapping[str, Tensor], config: Config, to: Layout) -> Ite
         yield rule.official, rule.join(given)
 
 
-def _write(
-    entries: Mapping[str, Entry],
-    tensors: Callable[[], Iterable[tuple[str, Tensor]]],
-    path: Path,
-    metadata: dict[str, str],
-) -> None:
+def _write(entries: Tensors, tensors: Callable[[], Named], path: Path, metadata: dict[str, str]) -> None:
     """Write a file, and read it back; byte by byte, so that a NaN is equal to itself."""
     stream_tensors(entries, tensors(), path, metadata)
     written = Checkpoint(path)
@@ -177,11 +169,9 @@ def diffusers_config(config: Config) -> dict[str, Any]:
             "use_post_quant_conv": False,
             "use_quant_conv": False,
         }
-    for name, value in (("theta", 10_000), ("mlp_ratio", 4.0), ("qkv_bias", True)):
-        if getattr(config, name) != value:
-            raise WeightsError(
-                f"{name} is {getattr(config, name)}, and diffusers' transformer has no other than {value}"
-            )
+    for name, only in (("theta", 10_000), ("mlp_ratio", 4.0), ("qkv_bias", True)):
+        if (given := getattr(config, name)) != only:
+            raise WeightsError(f"{name} is {given}, and diffusers' transformer has no other than {only}")
     return {
         "_class_name": "FluxTransformer2DModel",
         "attention_head_dim": config.head_dim,

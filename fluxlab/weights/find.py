@@ -98,14 +98,9 @@ def _check(files: Files, variant: Variant) -> None:
 
 def _download(source: str, parts: list[str]) -> Path:
     here = Path(source)
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise WeightsError(f"source is {source!r}, which is neither a folder that exists nor a hub name (owner/name)")
-    if here.exists() or here.suffix == ".safetensors" or here.parent.is_dir():
-        what = (
-            "a file"
-            if here.exists()
-            else "not there (nor looked for on the hub: it names a file, or lies in a folder here)"
-        )
+    if source.count("/") != 1 or source[0] in "./~" or here.suffix == ".safetensors" or here.parent.is_dir():
+        neither = "neither a folder that exists nor a hub name (owner/name, where no folder owner is)"
+        what = "a file" if here.is_file() else neither
         raise WeightsError(f"source is {source!r}, which is {what}; give the folder that holds all parts of the model")
     from huggingface_hub import snapshot_download
 

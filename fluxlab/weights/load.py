@@ -19,9 +19,7 @@ from fluxlab.weights.layouts import Shapes, looks_like
 
 Module = TypeVar("Module", bound=nn.Module)
 _PREFIX = re.compile(r"((model|diffusion_model|transformer|module|_orig_mod|first_stage_model|vae)\.)+")
-_OTHER_PARTS = re.compile(
-    r"(decoder|lm_head|vision_model|visual_projection|text_projection|logit_scale)\b|.*position_ids$"
-)
+_LARGER = re.compile(r"(decoder|lm_head|vision_model|visual_projection|text_projection|logit_scale)\b|.*position_ids$")
 
 
 def load_weights(
@@ -83,9 +81,9 @@ def check_shapes(checkpoint: Checkpoint, wanted: Shapes) -> None:
     """
     found = {name: entry.shape for name, entry in checkpoint.entries.items()}
     wrong = [
-        f"{name} is {dtype} {list(shape)}, where floating {list(wanted[name])} was expected"
-        for name, (shape, dtype) in checkpoint.entries.items()
-        if name in wanted and (shape != wanted[name] or not dtype.is_floating_point)
+        f"{name} is {entry.dtype} {list(entry.shape)}, where floating {list(wanted[name])} was expected"
+        for name, entry in checkpoint.entries.items()
+        if name in wanted and (entry.shape != wanted[name] or not entry.is_floating_point())
     ]
     problems = [describe_difference(wanted, found), f"{len(wrong)} different: {listed(wrong)}" if wrong else ""]
     if not any(problems):
@@ -100,12 +98,9 @@ def check_shapes(checkpoint: Checkpoint, wanted: Shapes) -> None:
 
 
 def load_encoder(kind: Any, source: str | Path, dtype: torch.dtype | Literal["auto"] = "auto") -> Any:
-    """A text encoder as transformers loads it, if the files have its weights, all of them and no others.
+    """A text encoder as transformers' class loads it, if the files have all of its weights and none that it leaves.
 
-    Args:
-        kind: transformers' class.
-        source: folder in the Hugging Face format, or hub name. The encoder may be a part of a larger model.
-        dtype: of the weights; by default, what the files hold.
+    They are a folder in the Hugging Face format, or a hub name; the encoder may be a part of a larger model there.
 
     Raises:
         OSError: neither a folder nor a hub name that can be reached.
@@ -116,7 +111,7 @@ def load_encoder(kind: Any, source: str | Path, dtype: torch.dtype | Literal["au
         model, found = kind.from_pretrained(os.path.expanduser(source), **options)
     except (SafetensorError, RuntimeError) as error:
         raise WeightsError(f"{source}: no {kind.__name__} can be read from it ({error})") from error
-    unexpected = [name for name in found["unexpected_keys"] if not _OTHER_PARTS.match(name)]
+    unexpected = [name for name in found["unexpected_keys"] if not _LARGER.match(name)]
     if problem := describe_difference(found["missing_keys"], unexpected):
         kept = "whole" if found["missing_keys"] else "plain"
         hint = "; weights with scales beside them are quantized, and not read here" if unexpected else ""

@@ -7,6 +7,7 @@ Axes: batch B, text tokens T, channels C.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fluxlab.extras import importing
 from fluxlab.files import WeightsError, listed
 
 if TYPE_CHECKING:
@@ -64,7 +66,8 @@ class TextEncoders:
             OSError: neither a folder nor a hub name that can be reached.
             WeightsError: the weights are not whole, or not those of such an encoder.
         """
-        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+        with importing():
+            from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
         with _no_progress_bar():
@@ -107,7 +110,7 @@ class TextEncoders:
 def _strictly(encoder: Any, source: str | Path, options: dict[str, Any]) -> Any:
     """What transformers loads, unless it would make up weights that the files do not have."""
     try:
-        model, found = encoder.from_pretrained(str(source), output_loading_info=True, **options)
+        model, found = encoder.from_pretrained(os.path.expanduser(source), output_loading_info=True, **options)
     except (SafetensorError, RuntimeError) as error:
         raise WeightsError(f"{source}: no {encoder.__name__} can be read from it ({error})") from error
     if missing := sorted(found["missing_keys"]):
@@ -117,7 +120,7 @@ def _strictly(encoder: Any, source: str | Path, options: dict[str, Any]) -> Any:
 
 def _tokenizer(kind: Any, source: str | Path) -> Any:
     try:
-        return kind.from_pretrained(str(source))
+        return kind.from_pretrained(os.path.expanduser(source))
     except Exception as error:  # a spoilt vocabulary raises Exception itself
         raise WeightsError(f"{source}: no {kind.__name__} can be read from it ({error})") from error
 

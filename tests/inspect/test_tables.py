@@ -80,10 +80,24 @@ def test_the_published_cost_at_1024():
 
 
 @pytest.mark.parametrize("count", [fl.flops, fl.memory])
-def test_a_partial_token_counts_whole_and_a_batch_of_none_is_refused(count):
+def test_a_partial_token_counts_whole(count):
     assert repr(count("flux-tiny-dev", 100, 100)) == repr(count("flux-tiny-dev", 112, 112))
-    with pytest.raises(ValueError, match="batch is -1"):
-        count("flux-tiny-dev", batch=-1)
+
+
+@pytest.mark.parametrize("count", [fl.flops, fl.memory])
+@pytest.mark.parametrize(
+    ("size", "value"), [("batch", -1), ("text_tokens", -5), ("text_tokens", 0), ("text_tokens", 2.5)]
+)
+def test_a_size_that_is_none_is_refused(count, size, value):
+    with pytest.raises(ValueError, match=f"{size} is {value}; give a whole number of at least 1"):
+        count("flux-tiny-dev", **{size: value})
+
+
+@pytest.mark.parametrize("count", [fl.flops, fl.memory])
+@pytest.mark.parametrize(("size", "value"), [("height", 0), ("width", 100.5), ("width", "128")])
+def test_a_side_that_is_none_is_refused(count, size, value, as_users_run_it):
+    with pytest.raises(ValueError, match=f"{size} is {value!r}; give a whole number of at least 1"):
+        count("flux-tiny-dev", **{size: value})
 
 
 @pytest.mark.parametrize("name", ["flux-dev", "flux-tiny-schnell"])
@@ -123,6 +137,11 @@ def test_a_summary_of_any_module():
     assert value(table, "conv_in", "output") == (1, 64, 4, 4)
     with pytest.raises(ValueError, match="inputs is None"):
         fl.summary(torch.nn.Linear(2, 2))
+
+
+def test_a_variants_summary_takes_other_inputs_than_the_usual():
+    inputs = fl.example_inputs("flux-tiny-dev", height=64, width=64, device="meta")
+    assert value(fl.summary("flux-tiny-dev", inputs.kwargs(), depth=1), "img_in", "output") == (1, 16, 128)
 
 
 def test_a_summary_leaves_the_modes_as_they_were_and_needs_no_parameters():

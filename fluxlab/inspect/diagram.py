@@ -108,7 +108,7 @@ class Diagram:
 
 
 def model_map(
-    name: str = "flux-dev", lit: str | Sequence[str] = (), height: int | None = None, width: int | None = None
+    name: str = "flux-dev", lit: str | Sequence[str] | None = None, height: int | None = None, width: int | None = None
 ) -> Diagram:
     """The whole model on one page, each part with its chapter and its sizes.
 
@@ -122,14 +122,14 @@ def model_map(
     Raises:
         ValueError: no such part; the message gives the nearest names.
     """
-    bright = [lit] if isinstance(lit, str) else list(lit)
+    bright = [lit] if isinstance(lit, str) else list(lit or ())
     parts = list(dict.fromkeys(re.findall(r"(?m)^[^|]+\|[^|]+\| (\w+)", _MAP)))
     for part in bright:
         if part not in parts:
             near = difflib.get_close_matches(part, parts, n=2, cutoff=0.3) or parts
             raise ValueError(f"lit is {part!r}, which is not a part; did you mean {' or '.join(near)}?")
     sizes = _sizes(name, height, width)
-    table = re.sub("(?m)^guidance .*$|guidance vec; ", "", _MAP) if sizes["guidance"] is None else _MAP
+    table = re.sub("(?m)^guidance .*$|guidance vec; ", "", _MAP) if sizes["guidance"] == "None" else _MAP
     return _draw(f"Map of {name}", table.format_map(sizes), bright)
 
 
@@ -165,7 +165,7 @@ def _sizes(name: str, height: int | None, width: int | None) -> dict[str, Any]:
     shape = Entry("", "tensor", axes, "", "").shape(c, text=chosen.t5_length, image=rows * columns)
     sizes: dict[str, Any] = dict(zip(axes.split(), shape, strict=True))
     sizes |= {"depth": c.depth, "singles": c.depth_single_blocks, "axes": " + ".join(map(str, c.axes_dim))}
-    sizes |= {"steps": chosen.num_steps, "guidance": chosen.guidance}
+    sizes |= {"steps": chosen.num_steps, "guidance": f"{chosen.guidance}".removesuffix(".0")}
     sizes |= {"latent": f"{chosen.autoencoder.z_channels} × {PATCH * rows} × {PATCH * columns}"}
     return sizes | {"picture": f"3 × {PIXELS * rows} × {PIXELS * columns}"}
 
@@ -194,7 +194,7 @@ def _draw(title: str, table: str, lit: Sequence[str] = ("lit",)) -> Diagram:
                 f'fill="{fill}" stroke="{edge}" stroke-width="{thick}"/>',
                 _words(x, box.y + (-2 if note else 7), name, 18, _INK, weight="bold"),
                 _words(x, box.y + 20, note),
-                _words(x + width / 2 - 7, box.y - extent / 2 + 14, chapter, 12, anchor="end"),
+                _words(x + width / 2 - 7, box.y - extent / 2 + 13, chapter, 12, anchor="end"),
             ]
         else:
             for chain in line.split("; "):

@@ -25,6 +25,7 @@ with torch.no_grad(), fl.capture(model, ["vec", "velocity"]) as tape:
     model(**fl.example_inputs("flux-tiny-dev").kwargs())
 fl.explore(tape)
 """
+READY = "document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status"
 SHOWN = "Array.from(document.querySelectorAll('.widget-output img, .jupyter-widgets-output-area img'))"
 CHOOSE = """
 const menu = Array.from(document.querySelectorAll('select')).find(each => each.innerText.includes('velocity'));
@@ -67,7 +68,7 @@ def test_choosing_another_tensor_changes_the_picture(lab, tmp_path):
     browser = Browser(tmp_path / "profile")
     try:
         browser.command("Page.navigate", url=f"{lab}/lab/tree/explore.ipynb")
-        wait_for(lambda: browser.value("document.querySelectorAll('.jp-Notebook .jp-Cell').length") == 1, 60)
+        wait_for(lambda: browser.value(READY) == "idle", 60)
         browser.value("jupyterapp.commands.execute('notebook:run-all-cells')")
         wait_for(lambda: browser.value(f"{SHOWN}.length") == 1, 60)
         first = browser.value(f"{SHOWN}[0].src")

@@ -152,6 +152,7 @@ def test_a_table_is_rows_for_pandas_and_text_for_readers():
     assert repr(table).splitlines()[0] == "Title"
     assert repr(table).splitlines()[3].split() == ["a", "1,234,567", "0.1235"]
     assert "b&lt;" in table._repr_html_()
+    assert 'style="white-space:pre-wrap;' in table._repr_html_()  # the indentation of a tree is kept
     assert repr(Table([])) == "empty"
 
 

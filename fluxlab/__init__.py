@@ -4,10 +4,9 @@ from fluxlab.config import VARIANTS, AutoEncoderConfig, ConfigError, FluxConfig,
 from fluxlab.course.exercise import check
 from fluxlab.files import WeightsError
 from fluxlab.inspect import plots
-from fluxlab.inspect.block_diagram import block_diagram
 from fluxlab.inspect.capture import capture, patch
 from fluxlab.inspect.compare import compare
-from fluxlab.inspect.diagram import model_map
+from fluxlab.inspect.diagram import block_diagram, model_map
 from fluxlab.inspect.explain import explain
 from fluxlab.inspect.explore import explore
 from fluxlab.inspect.graph import graph

@@ -1,19 +1,15 @@
 """The one table of names: every weight, tensor and symbol of FLUX, what it is, its axes, and its chapter.
 
-Capture takes its names from here, and so do ``fl.explain``, the doc strings in the ONNX graphs and the chapters.
-A name may hold ``{i}`` for the number of a block, ``{stream}`` for img or txt, and ``{part}`` for weight or bias; with
-the stream go ``{word}`` in the meaning, image or text, and ``{S}`` in the axes, I or T. Axes are the house's letters:
-B batch, T text tokens, I image tokens, L = T + I, C hidden size, H heads, D head width, M hidden width of an MLP,
-V width of CLIP's vector, X width of T5's sequence, P channels of an image token, O those of the velocity, A RoPE axes,
-E numbers of a time's sinusoid.
+Capture takes its names from here, and so do ``fl.explain``, the doc strings in the ONNX graphs and the chapters; the
+tables of chapter 12 and flux-tiny's training ask here what a weight is for.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import groupby
 from typing import Literal
 
 from fluxlab.config import EMBEDDING_DIM, FluxConfig
@@ -28,18 +24,13 @@ class Entry:
     name: str
     kind: Kind
     axes: str  # such as "B I 3C"; empty for a single number
-    meaning: str  # one sentence
+    meaning: str  # one sentence, which stands alone
     chapter: str  # its number
+    tokens: str = ""  # of a weight, what it is applied to: I, T or L tokens, or 1 vector for the whole picture
+    serves: str = ""  # of a weight: attention, MLP, attention and MLP, QK-norm, modulation, input and output
 
     def shape(self, config: FluxConfig, batch: int = 1, text: int = 512, image: int = 4096) -> tuple[int, ...]:
-        """The sizes that the axes stand for.
-
-        Args:
-            config: of the model.
-            batch: pictures at once.
-            text: text tokens.
-            image: image tokens.
-        """
+        """The sizes that the axes stand for, with ``batch`` pictures at once, and of each so many tokens."""
         c = config
         sizes = {"B": batch, "T": text, "I": image, "L": text + image, "C": c.hidden_size, "H": c.num_heads}
         sizes |= {"D": c.head_dim, "M": c.mlp_hidden_dim, "V": c.vec_in_dim, "X": c.context_in_dim}
@@ -49,247 +40,173 @@ class Entry:
 
 def _size(axis: str, sizes: dict[str, int]) -> int:
     """The value of one axis, such as ``3C+M`` or ``D/2``."""
-    total = 0
-    for term in axis.split("+"):
-        times, letter, divided = re.fullmatch(r"(\d*)([A-Z]?)(?:/(\d+))?", term).groups()  # type: ignore[union-attr]
-        total += int(times or 1) * sizes.get(letter, 1) // int(divided or 1)
-    return total
+    terms = (re.fullmatch(r"(\d*)([A-Z]?)(?:/(\d+))?", term).groups() for term in axis.split("+"))  # type: ignore[union-attr]
+    return sum(int(times or 1) * sizes.get(letter, 1) // int(divided or 1) for times, letter, divided in terms)
 
 
-_ = Entry
-_TABLE = (
-    # what one forward takes
-    _("img", "input", "B I P", "The noisy latent, packed: one token for each 2x2 patch; where the loop stands.", "02"),
-    _("img_ids", "input", "B I A", "The place of each image token: index, row, column.", "02"),
-    _("txt", "input", "B T X", "T5's last hidden state: one vector for each token of the prompt, padding too.", "01"),
-    _("txt_ids", "input", "B T A", "The place of each text token: zero on every axis, so text is not rotated.", "02"),
-    _("timesteps", "input", "B", "The time t of each picture: 1 is noise, 0 is the picture.", "03"),
-    _("y", "input", "B V", "CLIP's pooled output: the prompt as one vector.", "01"),
-    _("guidance", "input", "B", "Strength of the distilled guidance: a number the network is told, not CFG.", "04"),
-    # tensors around the blocks
-    _("vec", "tensor", "B C", "Time, guidance and CLIP's vector, summed: it steers every modulation.", "04"),
-    _("pe", "tensor", "B 1 L D/2 2 2", "One rotation matrix for each token and pair of features.", "05"),
-    _("time_in", "tensor", "B C", "The time, embedded by a sinusoid and an MLP.", "04"),
-    _("guidance_in", "tensor", "B C", "The guidance, embedded like the time.", "04"),
-    _("vector_in", "tensor", "B C", "CLIP's vector, brought to the hidden size.", "04"),
-    _(
-        "img_in",
-        "tensor",
-        "B I C",
-        "The image tokens at the hidden size: where the image's residual stream starts.",
-        "02",
-    ),
-    _(
-        "txt_in",
-        "tensor",
-        "B T C",
-        "The text tokens at the hidden size: where the text's residual stream starts.",
-        "01",
-    ),
-    _("final_layer.shift", "tensor", "B 1 C", "What the last modulation adds.", "09"),
-    _("final_layer.scale", "tensor", "B 1 C", "What the last modulation multiplies by, less 1.", "09"),
-    _("final_layer.norm_final", "tensor", "B I C", "The image tokens, normed for the last time.", "09"),
-    _("velocity", "tensor", "B I O", "The prediction: noise minus picture, the direction of the path.", "09"),
-    _("clean", "tensor", "B I O", "The picture the model sees coming: img - t * velocity.", "03"),
-    # tensors of a double block
-    _("double_blocks.{i}.{stream}.input", "tensor", "B {S} C", "The {word} residual stream before the block.", "07"),
-    _("double_blocks.{i}.{stream}.middle", "tensor", "B {S} C", "The {word} stream, attention's share added.", "07"),
-    _("double_blocks.{i}.{stream}.output", "tensor", "B {S} C", "The {word} stream, the MLP's share added.", "07"),
-    _("double_blocks.{i}.{stream}_mod.shift1", "tensor", "B 1 C", "Added to the {word} tokens before attention.", "06"),
-    _("double_blocks.{i}.{stream}_mod.scale1", "tensor", "B 1 C", "Multiplies the {word} tokens there, less 1.", "06"),
-    _(
-        "double_blocks.{i}.{stream}_mod.gate1",
-        "tensor",
-        "B 1 C",
-        "How much of attention the {word} stream takes.",
-        "06",
-    ),
-    _("double_blocks.{i}.{stream}_mod.shift2", "tensor", "B 1 C", "Added to the {word} tokens before the MLP.", "06"),
-    _("double_blocks.{i}.{stream}_mod.scale2", "tensor", "B 1 C", "Multiplies the {word} tokens there, less 1.", "06"),
-    _("double_blocks.{i}.{stream}_mod.gate2", "tensor", "B 1 C", "How much of the MLP the {word} stream takes.", "06"),
-    _("double_blocks.{i}.{stream}_mod.lin", "tensor", "B 6C", "The {word} modulation before it is cut in six.", "06"),
-    _("double_blocks.{i}.{stream}_norm1", "tensor", "B {S} C", "The {word} tokens, normed before attention.", "07"),
-    _("double_blocks.{i}.{stream}_norm2", "tensor", "B {S} C", "The {word} tokens, normed before the MLP.", "07"),
-    _("double_blocks.{i}.{stream}_attn.qkv", "tensor", "B {S} 3C", "Queries, keys, values of the {word} tokens.", "07"),
-    _("double_blocks.{i}.{stream}_attn.q_raw", "tensor", "B H {S} D", "Queries of the {word} before their norm.", "07"),
-    _("double_blocks.{i}.{stream}_attn.k_raw", "tensor", "B H {S} D", "Keys of the {word} before their norm.", "07"),
-    _(
-        "double_blocks.{i}.{stream}_attn.norm.query_norm",
-        "tensor",
-        "B H {S} D",
-        "Queries of the {word}, normed, not yet rotated.",
-        "07",
-    ),
-    _(
-        "double_blocks.{i}.{stream}_attn.norm.key_norm",
-        "tensor",
-        "B H {S} D",
-        "Keys of the {word}, normed, not yet rotated.",
-        "07",
-    ),
-    _("double_blocks.{i}.q", "tensor", "B H L D", "Queries of text and image, rotated.", "07"),
-    _("double_blocks.{i}.k", "tensor", "B H L D", "Keys of text and image, rotated.", "07"),
-    _("double_blocks.{i}.v", "tensor", "B H L D", "Values of text and image, neither normed nor rotated.", "07"),
-    _("double_blocks.{i}.attention", "tensor", "B H L L", "Attention weights: each row, a query's, sums to 1.", "14"),
-    _("double_blocks.{i}.attended", "tensor", "B L C", "Attention's output, the heads side by side.", "07"),
-    _("double_blocks.{i}.{stream}_attn.proj", "tensor", "B {S} C", "Attention's share for the {word}, ungated.", "07"),
-    _("double_blocks.{i}.{stream}_mlp.0", "tensor", "B {S} M", "The MLP's hidden features of the {word}, raw.", "07"),
-    _("double_blocks.{i}.{stream}_mlp.1", "tensor", "B {S} M", "The same after GELU.", "07"),
-    _("double_blocks.{i}.{stream}_mlp.2", "tensor", "B {S} C", "The MLP's share for the {word}, ungated.", "07"),
-    # tensors of a single block
-    _(
-        "single_blocks.{i}.input",
-        "tensor",
-        "B L C",
-        "The one residual stream, text then image, before the block.",
-        "08",
-    ),
-    _("single_blocks.{i}.output", "tensor", "B L C", "That stream after the block.", "08"),
-    _("single_blocks.{i}.modulation.shift", "tensor", "B 1 C", "Added to the tokens before the block.", "06"),
-    _("single_blocks.{i}.modulation.scale", "tensor", "B 1 C", "Multiplies the tokens before the block, less 1.", "06"),
-    _("single_blocks.{i}.modulation.gate", "tensor", "B 1 C", "How much of the block the stream takes.", "06"),
-    _("single_blocks.{i}.modulation.lin", "tensor", "B 3C", "The modulation before it is cut in three.", "06"),
-    _("single_blocks.{i}.pre_norm", "tensor", "B L C", "The tokens, normed.", "08"),
-    _("single_blocks.{i}.linear1", "tensor", "B L 3C+M", "Queries, keys, values and the MLP's way in, in one.", "08"),
-    _("single_blocks.{i}.q_raw", "tensor", "B H L D", "Queries before their norm.", "08"),
-    _("single_blocks.{i}.k_raw", "tensor", "B H L D", "Keys before their norm.", "08"),
-    _("single_blocks.{i}.norm.query_norm", "tensor", "B H L D", "Queries, normed, not yet rotated.", "08"),
-    _("single_blocks.{i}.norm.key_norm", "tensor", "B H L D", "Keys, normed, not yet rotated.", "08"),
-    _("single_blocks.{i}.q", "tensor", "B H L D", "Queries, rotated.", "08"),
-    _("single_blocks.{i}.k", "tensor", "B H L D", "Keys, rotated.", "08"),
-    _("single_blocks.{i}.v", "tensor", "B H L D", "Values, neither normed nor rotated.", "08"),
-    _("single_blocks.{i}.attention", "tensor", "B H L L", "Attention weights: each row, a query's, sums to 1.", "14"),
-    _("single_blocks.{i}.attended", "tensor", "B L C", "Attention's output, the heads side by side.", "08"),
-    _("single_blocks.{i}.mlp_act", "tensor", "B L M", "The MLP's hidden features, after GELU.", "08"),
-    _("single_blocks.{i}.linear2", "tensor", "B L C", "What attention and MLP make together, ungated.", "08"),
-    # weights
-    _("img_in.{part}", "weight", "C P", "Brings an image token to the hidden size.", "02"),
-    _("txt_in.{part}", "weight", "C X", "Brings a text token to the hidden size.", "01"),
-    _("time_in.in_layer.{part}", "weight", "C E", "First half of the time's MLP.", "04"),
-    _("time_in.out_layer.{part}", "weight", "C C", "Second half of the time's MLP.", "04"),
-    _("guidance_in.in_layer.{part}", "weight", "C E", "First half of the guidance's MLP; schnell has none.", "04"),
-    _("guidance_in.out_layer.{part}", "weight", "C C", "Second half of the guidance's MLP; schnell has none.", "04"),
-    _("vector_in.in_layer.{part}", "weight", "C V", "First half of the MLP of CLIP's vector.", "04"),
-    _("vector_in.out_layer.{part}", "weight", "C C", "Second half of the MLP of CLIP's vector.", "04"),
-    _(
-        "double_blocks.{i}.{stream}_mod.lin.{part}",
-        "weight",
-        "6C C",
-        "Makes the {word} shifts, scales and gates.",
-        "06",
-    ),
-    _("double_blocks.{i}.{stream}_attn.qkv.{part}", "weight", "3C C", "Makes the {word} queries, keys, values.", "07"),
-    _(
-        "double_blocks.{i}.{stream}_attn.norm.query_norm.scale",
-        "weight",
-        "D",
-        "Scales the normed {word} queries, feature by feature, alike in every head.",
-        "07",
-    ),
-    _(
-        "double_blocks.{i}.{stream}_attn.norm.key_norm.scale",
-        "weight",
-        "D",
-        "Scales the normed {word} keys, feature by feature, alike in every head.",
-        "07",
-    ),
-    _("double_blocks.{i}.{stream}_attn.proj.{part}", "weight", "C C", "Mixes the heads for the {word} stream.", "07"),
-    _("double_blocks.{i}.{stream}_mlp.0.{part}", "weight", "M C", "The {word} MLP's way in.", "07"),
-    _("double_blocks.{i}.{stream}_mlp.2.{part}", "weight", "C M", "The {word} MLP's way out.", "07"),
-    _("single_blocks.{i}.modulation.lin.{part}", "weight", "3C C", "Makes the block's shift, scale and gate.", "06"),
-    _("single_blocks.{i}.linear1.{part}", "weight", "3C+M C", "Makes q, k and v, and is the MLP's way in.", "08"),
-    _("single_blocks.{i}.linear2.{part}", "weight", "C C+M", "Mixes the heads and is the MLP's way out.", "08"),
-    _("single_blocks.{i}.norm.query_norm.scale", "weight", "D", "Scales the normed queries, alike in each head.", "08"),
-    _("single_blocks.{i}.norm.key_norm.scale", "weight", "D", "Scales the normed keys, alike in every head.", "08"),
-    _("final_layer.linear.{part}", "weight", "O C", "Makes the numbers of a token's velocity.", "09"),
-    _(
-        "final_layer.adaLN_modulation.1.{part}",
-        "weight",
-        "2C C",
-        "Makes the last shift and scale, in this order.",
-        "09",
-    ),
-    # symbols
-    _("B", "symbol", "", "Batch: pictures at once.", "00"),
-    _("T", "symbol", "", "Text tokens: 512 in dev, 256 in schnell, padding too.", "01"),
-    _("I", "symbol", "", "Image tokens: (height / 16) * (width / 16).", "02"),
-    _("L", "symbol", "", "All tokens of the joint sequence, text first: T + I.", "07"),
-    _("C", "symbol", "", "The hidden size, the width of a residual stream: 3072.", "00"),
-    _("H", "symbol", "", "Heads of attention: 24.", "07"),
-    _("D", "symbol", "", "Features of one head: C / H = 128.", "07"),
-    _("M", "symbol", "", "Hidden features of an MLP: 4 C = 12288.", "07"),
-    _("V", "symbol", "", "The width of CLIP's vector: 768.", "01"),
-    _("X", "symbol", "", "The width of T5's sequence: 4096.", "01"),
-    _(
-        "P",
-        "symbol",
-        "",
-        "Channels of an image token: 2x2 cells of 16 are 64; more where a second picture is shown.",
-        "02",
-    ),
-    _("O", "symbol", "", "Channels of a token's velocity: 64.", "09"),
-    _("A", "symbol", "", "Axes of RoPE: 3, which are index, row and column.", "05"),
-    _("E", "symbol", "", "Numbers of the sinusoid that a time or a guidance becomes: 256.", "04"),
-    _("t", "symbol", "", "The time on the path: 1 is noise, 0 is the picture.", "03"),
-    _("mu", "symbol", "", "How far the schedule is bent: linear in the image tokens.", "03"),
-    _("theta", "symbol", "", "The base of RoPE's frequencies: 10000.", "05"),
-    _("omega", "symbol", "", "A frequency of RoPE: theta^(-2i/d) for pair i of an axis of d features.", "05"),
-    _("shift", "symbol", "", "What a modulation adds to the normed tokens.", "06"),
-    _("scale", "symbol", "", "What a modulation multiplies them by, less 1.", "06"),
-    _("gate", "symbol", "", "What a sub-layer's result is multiplied by before it joins the stream.", "06"),
-    _("latent", "symbol", "", "The picture as the VAE keeps it: 16 channels, 8 times smaller on a side.", "10"),
-    _("true CFG", "symbol", "", "Guidance by two forwards: away + strength * (towards - away).", "11"),
-)
-del _
+# A heading gives the kind of the names below it, and what they begin with. {i} is the number of a block. A name with
+# {stream} stands for two, img and txt; with it go {word}, image or text, and {S}, I or T. A layer among the weights
+# stands for its weight and its bias.
+_TABLE = """
+== input: name | axes | chapter | meaning
+img        | B I P | 02 | The noisy latent, packed: one token for each 2x2 patch; it changes from step to step.
+img_ids    | B I A | 02 | The place of each image token: index, row, column.
+txt        | B T X | 01 | T5's last hidden state: one vector for each token of the prompt, padding too.
+txt_ids    | B T A | 02 | The place of each text token: zero on every axis, so text is not rotated.
+timesteps  | B     | 03 | The time t of each picture: 1 is noise, 0 is the picture.
+y          | B V   | 01 | CLIP's pooled output: the prompt as one vector.
+guidance   | B     | 04 | Strength of the distilled guidance: a number the network is told, not CFG.
+== tensor: name | axes | chapter | meaning
+vec                    | B C           | 04 | Time, guidance and CLIP's vector, summed: it steers every modulation.
+pe                     | B 1 L D/2 2 2 | 05 | One rotation matrix for each token and pair of features.
+time_in                | B C           | 04 | The time, embedded by a sinusoid and an MLP.
+guidance_in            | B C           | 04 | The guidance, embedded by a sinusoid and an MLP.
+vector_in              | B C           | 04 | CLIP's vector, brought to the hidden size by an MLP.
+img_in                 | B I C         | 02 | The image tokens at the hidden size: the start of the image's stream.
+txt_in                 | B T C         | 01 | The text tokens at the hidden size: the start of the text's stream.
+final_layer.shift      | B 1 C         | 09 | Added to the normed image tokens before the last Linear.
+final_layer.scale      | B 1 C         | 09 | The image tokens are multiplied by 1 plus this before the last Linear.
+final_layer.norm_final | B I C         | 09 | The image tokens, normed for the last time.
+velocity               | B I O         | 09 | The prediction: noise minus picture, the direction of the path.
+clean                  | B I O         | 03 | The picture the model sees coming: img - t * velocity.
+== tensor double_blocks.{i}.: name | axes | chapter | meaning
+{stream}.input                | B {S} C   | 07 | The {word} residual stream before the block.
+{stream}.middle               | B {S} C   | 07 | The {word} residual stream between attention and the MLP.
+{stream}.output               | B {S} C   | 07 | The {word} residual stream after the block.
+{stream}_mod.shift1           | B 1 C     | 06 | Added to the normed {word} tokens before attention.
+{stream}_mod.scale1           | B 1 C     | 06 | The {word} tokens are multiplied by 1 plus this before attention.
+{stream}_mod.gate1            | B 1 C     | 06 | How much of attention's output the {word} stream takes in.
+{stream}_mod.shift2           | B 1 C     | 06 | Added to the normed {word} tokens before the MLP.
+{stream}_mod.scale2           | B 1 C     | 06 | The {word} tokens are multiplied by 1 plus this before the MLP.
+{stream}_mod.gate2            | B 1 C     | 06 | How much of the MLP's output the {word} stream takes in.
+{stream}_mod.lin              | B 6C      | 06 | The {word} modulation before it is cut into shifts, scales and gates.
+{stream}_norm1                | B {S} C   | 07 | The {word} tokens, normed before attention.
+{stream}_norm2                | B {S} C   | 07 | The {word} tokens, normed before the MLP.
+{stream}_attn.qkv             | B {S} 3C  | 07 | Queries, keys and values of the {word} tokens, side by side.
+{stream}_attn.q_raw           | B H {S} D | 07 | Queries of the {word} before their norm.
+{stream}_attn.k_raw           | B H {S} D | 07 | Keys of the {word} before their norm.
+{stream}_attn.norm.query_norm | B H {S} D | 07 | Queries of the {word}, normed, not yet rotated.
+{stream}_attn.norm.key_norm   | B H {S} D | 07 | Keys of the {word}, normed, not yet rotated.
+q                             | B H L D   | 07 | Queries of text and image, rotated.
+k                             | B H L D   | 07 | Keys of text and image, rotated.
+v                             | B H L D   | 07 | Values of text and image, neither normed nor rotated.
+attention                     | B H L L   | 14 | Attention weights: each row, a query's, sums to 1.
+attended                      | B L C     | 07 | Attention's output for text and image, the heads side by side.
+{stream}_attn.proj            | B {S} C   | 07 | Attention's output for the {word}, its heads mixed, not yet gated.
+{stream}_mlp.0                | B {S} M   | 07 | The hidden features of the {word} MLP, before GELU.
+{stream}_mlp.1                | B {S} M   | 07 | The hidden features of the {word} MLP, after GELU.
+{stream}_mlp.2                | B {S} C   | 07 | The {word} MLP's output, not yet gated.
+== tensor single_blocks.{i}.: name | axes | chapter | meaning
+input            | B L C    | 08 | The one residual stream, text then image, before the block.
+output           | B L C    | 08 | The one residual stream, text then image, after the block.
+modulation.shift | B 1 C    | 06 | Added to the normed tokens before the block's first Linear.
+modulation.scale | B 1 C    | 06 | The normed tokens are multiplied by 1 plus this before the block's first Linear.
+modulation.gate  | B 1 C    | 06 | How much of the block's output the residual stream takes in.
+modulation.lin   | B 3C     | 06 | The block's modulation before it is cut into shift, scale and gate.
+pre_norm         | B L C    | 08 | Text and image tokens, normed before the block's first Linear.
+linear1          | B L 3C+M | 08 | Queries, keys, values and the MLP's hidden features before GELU, side by side.
+q_raw            | B H L D  | 08 | Queries of text and image before their norm.
+k_raw            | B H L D  | 08 | Keys of text and image before their norm.
+norm.query_norm  | B H L D  | 08 | Queries of text and image, normed, not yet rotated.
+norm.key_norm    | B H L D  | 08 | Keys of text and image, normed, not yet rotated.
+q                | B H L D  | 08 | Queries of text and image, rotated.
+k                | B H L D  | 08 | Keys of text and image, rotated.
+v                | B H L D  | 08 | Values of text and image, neither normed nor rotated.
+attention        | B H L L  | 14 | Attention weights: each row, a query's, sums to 1.
+attended         | B L C    | 08 | Attention's output for text and image, the heads side by side.
+mlp_act          | B L M    | 08 | The MLP's hidden features, after GELU.
+linear2          | B L C    | 08 | What attention and MLP make together, not yet gated.
+== weight: name | axes | chapter | applied to | serves | meaning
+img_in                | C P | 02 | I | input and output | Brings an image token to the hidden size.
+txt_in                | C X | 01 | T | input and output | Brings a text token to the hidden size.
+time_in.in_layer      | C E | 04 | 1 | input and output | First layer of the time's MLP.
+time_in.out_layer     | C C | 04 | 1 | input and output | Second layer of the time's MLP.
+guidance_in.in_layer  | C E | 04 | 1 | input and output | First layer of the guidance's MLP; schnell has none.
+guidance_in.out_layer | C C | 04 | 1 | input and output | Second layer of the guidance's MLP; schnell has none.
+vector_in.in_layer    | C V | 04 | 1 | input and output | First layer of the MLP that takes CLIP's vector.
+vector_in.out_layer   | C C | 04 | 1 | input and output | Second layer of the MLP that takes CLIP's vector.
+== weight double_blocks.{i}.: name | axes | chapter | applied to | serves | meaning
+{stream}_mod.lin                    | 6C C | 06 | 1   | modulation | Makes two shifts, scales and gates for the {word}.
+{stream}_attn.qkv                   | 3C C | 07 | {S} | attention  | Makes the {word} queries, keys and values.
+{stream}_attn.norm.query_norm.scale | D    | 07 | {S} | QK-norm    | Scales the {word} queries, alike in every head.
+{stream}_attn.norm.key_norm.scale   | D    | 07 | {S} | QK-norm    | Scales the {word} keys, alike in every head.
+{stream}_attn.proj                  | C C  | 07 | {S} | attention  | Mixes the heads for the {word} stream.
+{stream}_mlp.0                      | M C  | 07 | {S} | MLP        | First layer of the {word} MLP.
+{stream}_mlp.2                      | C M  | 07 | {S} | MLP        | Second layer of the {word} MLP.
+== weight single_blocks.{i}.: name | axes | chapter | applied to | serves | meaning
+modulation.lin        | 3C C   | 06 | 1 | modulation        | Makes the block's shift, scale and gate.
+linear1               | 3C+M C | 08 | L | attention and MLP | Makes q, k and v, and is the first layer of the MLP.
+linear2               | C C+M  | 08 | L | attention and MLP | Mixes the heads, and is the second layer of the MLP.
+norm.query_norm.scale | D      | 08 | L | QK-norm           | Scales the queries, alike in every head.
+norm.key_norm.scale   | D      | 08 | L | QK-norm           | Scales the keys, alike in every head.
+== weight final_layer.: name | axes | chapter | applied to | serves | meaning
+linear              | O C  | 09 | I | input and output | Makes the numbers of a token's velocity.
+adaLN_modulation.1  | 2C C | 09 | 1 | modulation       | Makes the last shift and scale, in this order.
+== symbol: name | axes | chapter | meaning
+B        | | 00 | Batch: pictures at once.
+T        | | 01 | Text tokens: 512 in dev, 256 in schnell, padding too.
+I        | | 02 | Image tokens: (height / 16) * (width / 16).
+L        | | 07 | All tokens of the joint sequence, text first: T + I.
+C        | | 00 | The hidden size, the width of a residual stream: 3072.
+H        | | 07 | Heads of attention: 24.
+D        | | 07 | Features of one head: C / H = 128.
+M        | | 07 | Hidden features of an MLP: 4 C = 12288.
+V        | | 01 | The width of CLIP's vector: 768.
+X        | | 01 | The width of T5's sequence: 4096.
+P        | | 02 | Channels of an image token: 2x2 cells of 16 are 64; more where a second picture is shown.
+O        | | 09 | Channels of a token's velocity: 64.
+A        | | 05 | Axes of RoPE: 3, which are index, row and column.
+E        | | 04 | Numbers of the sinusoid that a time or a guidance becomes: 256.
+t        | | 03 | The time on the path: 1 is noise, 0 is the picture.
+mu       | | 03 | How far the schedule is bent: linear in the image tokens.
+theta    | | 05 | The base of RoPE's frequencies: 10000.
+omega    | | 05 | A frequency of RoPE: theta^(-2i/d) for pair i of an axis of d features.
+shift    | | 06 | What a modulation adds to the normed tokens.
+scale    | | 06 | A modulation multiplies the normed tokens by 1 plus this.
+gate     | | 06 | What a sub-layer's result is multiplied by before it joins the stream.
+latent   | | 10 | The picture as the VAE keeps it: 16 channels, 8 times smaller on a side.
+true CFG | | 11 | Guidance by two forwards: away + strength * (towards - away).
+"""
 
 # The VAE's weights, by pattern. Their shapes follow from the config, level by level: explain reads them off the model.
 AUTOENCODER = {
-    r"(encoder|decoder)\.conv_in": "First convolution: from pixels, or from the latent, to features.",
-    r"(encoder|decoder)\.conv_out": "Last convolution: to the latent's mean and log variance, or to pixels.",
-    r"(encoder|decoder)\.norm_out": "GroupNorm before the last convolution.",
-    r"(encoder\.down|decoder\.up)\.\d+\.block\.\d+\.norm[12]": "GroupNorm of a residual block, before its convolution.",
-    r"(encoder\.down|decoder\.up)\.\d+\.block\.\d+\.conv[12]": "Convolution of a residual block.",
-    r"(encoder\.down|decoder\.up)\.\d+\.block\.\d+\.nin_shortcut": (
-        "1x1 convolution past a block that changes the number of features."
-    ),
-    r"encoder\.down\.\d+\.downsample\.conv": "Strided convolution that halves the side.",
-    r"decoder\.up\.\d+\.upsample\.conv": "Convolution after the side was doubled.",
-    r"(encoder|decoder)\.mid\.block_[12]\.norm[12]": "GroupNorm of a residual block at the lowest resolution.",
-    r"(encoder|decoder)\.mid\.block_[12]\.conv[12]": "Convolution of a residual block at the lowest resolution.",
-    r"(encoder|decoder)\.mid\.attn_1\.norm": "GroupNorm before the VAE's attention.",
-    r"(encoder|decoder)\.mid\.attn_1\.[qkv]": "1x1 convolution that makes queries, keys or values of the latent cells.",
-    r"(encoder|decoder)\.mid\.attn_1\.proj_out": "1x1 convolution after the VAE's attention.",
+    r"(encoder|decoder)\.conv_in": "The first convolution: from pixels, or from the latent, to features.",
+    r"(encoder|decoder)\.conv_out": "The last convolution: to the latent's mean and log variance, or to pixels.",
+    r"(encoder|decoder)\.norm_out": "A GroupNorm before the last convolution.",
+    r"(encoder|decoder)\..+\.(block\.\d+|block_[12])\.norm[12]": "A residual block's GroupNorm, before a convolution.",
+    r"(encoder|decoder)\..+\.(block\.\d+|block_[12])\.conv[12]": "A convolution of a residual block.",
+    r"(encoder|decoder)\..+\.nin_shortcut": "A 1x1 convolution past a block that changes the number of features.",
+    r"encoder\.down\.\d+\.downsample\.conv": "A strided convolution that halves the side.",
+    r"decoder\.up\.\d+\.upsample\.conv": "The convolution after the side is doubled.",
+    r"(encoder|decoder)\.mid\.attn_1\.norm": "A GroupNorm before the VAE's attention.",
+    r"(encoder|decoder)\.mid\.attn_1\.[qkv]": "A 1x1 convolution that makes queries, keys or values for attention.",
+    r"(encoder|decoder)\.mid\.attn_1\.proj_out": "A 1x1 convolution after the VAE's attention.",
 }
 
-_STREAMS = {"img": ("image", "I"), "txt": ("text", "T")}
+_STREAMS = (("img", "image", "I"), ("txt", "text", "T"))
 
 
 @cache
 def entries() -> tuple[Entry, ...]:
     """The table, one entry for each stream and each of weight and bias; ``{i}`` is still there."""
-    return tuple(part for line in _TABLE for stream in _by_stream(line) for part in _by_part(stream))
+    found: list[Entry] = []
+    for section in _TABLE.split("== ")[1:]:
+        heading, *lines = section.splitlines()
+        kind, _, head = heading.partition(":")[0].partition(" ")
+        for line in lines:
+            for stream, word, letter in _STREAMS if "{stream}" in line else (("", "", ""),):
+                filled = line.replace("{stream}", stream).replace("{word}", word).replace("{S}", letter)
+                name, axes, chapter, *use, meaning = (cell.strip() for cell in filled.split("|"))
+                entry = Entry(head + name, kind, axes, meaning, chapter, *use)  # type: ignore[arg-type]
+                found += _parts(entry) if kind == "weight" and not name.endswith(".scale") else [entry]
+    return tuple(found)
 
 
-def _by_stream(entry: Entry) -> Iterator[Entry]:
-    if "{stream}" not in entry.name:
-        yield entry
-        return
-    for stream, (word, letter) in _STREAMS.items():
-        yield replace(
-            entry,
-            name=entry.name.replace("{stream}", stream),
-            axes=entry.axes.replace("{S}", letter),
-            meaning=entry.meaning.replace("{word}", word),
-        )
-
-
-def _by_part(entry: Entry) -> Iterator[Entry]:
-    if "{part}" not in entry.name:
-        yield entry
-        return
-    yield replace(entry, name=entry.name.replace("{part}", "weight"))
-    bias = f"Bias: {entry.meaning[0].lower()}{entry.meaning[1:]}"
-    yield replace(entry, name=entry.name.replace("{part}", "bias"), axes=entry.axes.split()[0], meaning=bias)
+def _parts(layer: Entry) -> list[Entry]:
+    """A layer's weight and its bias."""
+    weight, bias = (replace(layer, name=f"{layer.name}.{part}") for part in ("weight", "bias"))
+    meaning = f"Bias: {layer.meaning[0].lower()}{layer.meaning[1:]}"
+    return [weight, replace(bias, axes=layer.axes.partition(" ")[0], meaning=meaning)]
 
 
 def expand(entry: Entry, config: FluxConfig) -> list[Entry]:
@@ -306,24 +223,25 @@ def expand(entry: Entry, config: FluxConfig) -> list[Entry]:
 
 def named(config: FluxConfig, *kinds: Kind) -> dict[str, Entry]:
     """Every name of these kinds that a model of this config has, block by block."""
-    listed = [entry for entry in entries() if entry.kind in kinds]
-    heads = list(dict.fromkeys(entry.name.split("{i}")[0] for entry in listed))
-    found = [each for entry in listed for each in expand(entry, config)]
+    listed = (entry for entry in entries() if entry.kind in kinds)
+    found: dict[str, Entry] = {}
+    for _, group in groupby(listed, lambda entry: "{i}" in entry.name and entry.name.split("{i}")[0]):
+        copies = [made for entry in group if (made := expand(entry, config))]
+        by_block = zip(*copies, strict=True)
+        found |= {entry.name: entry for block in by_block for entry in block}
+    return found
 
-    def place(entry: Entry) -> tuple[int, int]:
-        head, number, _ = (
-            re.split(r"(?<=blocks\.)(\d+)", entry.name, maxsplit=1) if "blocks." in entry.name else (entry.name, 0, "")
-        )
-        return heads.index(head), int(number)
 
-    return {entry.name: entry for entry in sorted(found, key=place)}
+def serves(weight: str) -> str:
+    """What a weight of a ``Flux`` is for, by its name, whatever module it stands in; empty if it is none."""
+    name = re.sub(r"(?<=_blocks\.)\d+", "{i}", f".{weight}")
+    return next((e.serves for e in entries() if e.kind == "weight" and name.endswith(f".{e.name}")), "")
 
 
 def autoencoder_entry(name: str) -> Entry | None:
     """What a weight of the VAE is; None if no weight of it has such a name."""
-    layer, _, part = name.rpartition(".")
+    layer = name.rpartition(".")[0]
     for pattern, meaning in AUTOENCODER.items():
-        if part in ("weight", "bias") and re.fullmatch(pattern, layer):
-            bias = f"Bias: {meaning[0].lower()}{meaning[1:]}"
-            return Entry(name, "weight", "", meaning if part == "weight" else bias, "10")
+        if re.fullmatch(pattern, layer):
+            return next((e for e in _parts(Entry(layer, "weight", "", meaning, "10")) if e.name == name), None)
     return None

@@ -6,7 +6,10 @@ Opened in chapter 12. Everything is built on the meta device: modules and shapes
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,9 +17,10 @@ from torch import nn
 
 from fluxlab.config import variant
 from fluxlab.extras import importing
-from fluxlab.inspect.tables import kinds_of, text_encoders
+from fluxlab.inspect.tables import parameters_by
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux, build
+from fluxlab.pipeline.text import text_encoders
 
 KINDS = ("convolution", "attention", "MLP", "modulation", "the rest")
 
@@ -40,15 +44,14 @@ def kinds(module: nn.Module) -> dict[str, int]:
     residual block its share of the time embedding. QK-norm counts as attention. The rest are embeddings, the ways in
     and out, and norms.
     """
-    counts = dict.fromkeys(KINDS, 0)
-    for name, weight in module.named_parameters():
-        if isinstance(module, Flux):
-            shares = kinds_of(name, weight.numel(), module.config)
-        else:
-            shares = {_kind(f".{name}", module.get_submodule(name.rpartition(".")[0])): weight.numel()}
-        for kind, number in shares.items():
-            counts[{"QK-norm": "attention", "input and output": "the rest"}.get(kind, kind)] += number
-    return counts
+    if isinstance(module, Flux):
+        counts = parameters_by(module.config, "kind")
+        counts += Counter({"attention": counts["QK-norm"], "the rest": counts["input and output"]})
+    else:
+        counts = Counter[str]()
+        for name, weight in module.named_parameters():
+            counts[_kind(f".{name}", module.get_submodule(name.rpartition(".")[0]))] += weight.numel()
+    return {kind: counts[kind] for kind in KINDS}
 
 
 def _kind(name: str, owner: nn.Module) -> str:
@@ -62,25 +65,25 @@ def _kind(name: str, owner: nn.Module) -> str:
     return "convolution" if isinstance(owner, nn.Conv2d) and not way_in_or_out else "the rest"
 
 
-def _llama() -> nn.Module:
+def _of(library: str, kind: str, **options: Any) -> Any:
     with importing():
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
-    )
-    return LlamaForCausalLM(config)
+        made = getattr(import_module(library), kind)
+    return made(**options)
 
 
-def _unet(**options: Any) -> Any:
-    with importing():
-        from diffusers import UNet2DConditionModel
+def _sd3(layers: int, caption: int, positions: int, **options: Any) -> Any:
+    options |= {"num_layers": layers, "num_attention_heads": layers}  # one head of 64 for each layer
+    options |= {"caption_projection_dim": caption, "pos_embed_max_size": positions}
+    return _of("diffusers", "SD3Transformer2DModel", **options)
 
-    return UNet2DConditionModel(**options)
 
+_unet = partial(_of, "diffusers", "UNet2DConditionModel")
 
-def _sdxl() -> Any:
-    return _unet(
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "Llama 7B": lambda: _of("transformers", "LlamaForCausalLM", config=_of("transformers", "LlamaConfig")),
+    "SD 1.5": lambda: _unet(cross_attention_dim=768, attention_head_dim=8),
+    "SD 2.1": lambda: _unet(cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True),
+    "SDXL": lambda: _unet(
         cross_attention_dim=2048,
         attention_head_dim=[5, 10, 20],
         block_out_channels=[320, 640, 1280],
@@ -91,32 +94,7 @@ def _sdxl() -> Any:
         addition_embed_type="text_time",
         addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=2816,
-    )
-
-
-def _sd3(layers: int, caption: int, positions: int, **options: Any) -> Any:
-    with importing():
-        from diffusers import SD3Transformer2DModel
-
-    return SD3Transformer2DModel(
-        sample_size=128,
-        num_layers=layers,
-        num_attention_heads=layers,
-        attention_head_dim=64,
-        caption_projection_dim=caption,
-        joint_attention_dim=4096,
-        pooled_projection_dim=2048,
-        out_channels=16,
-        pos_embed_max_size=positions,
-        **options,
-    )
-
-
-OTHERS: dict[str, Callable[[], nn.Module]] = {
-    "Llama 7B": _llama,
-    "SD 1.5": lambda: _unet(cross_attention_dim=768, attention_head_dim=8),
-    "SD 2.1": lambda: _unet(cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True),
-    "SDXL": _sdxl,
+    ),
     "SD3-medium": lambda: _sd3(24, 1536, 192),
     "SD3.5-medium": lambda: _sd3(24, 1536, 384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13))),
     "SD3.5-large": lambda: _sd3(38, 2432, 192, qk_norm="rms_norm"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -46,11 +45,10 @@ def explanation(name: str, variant: str = "flux-dev") -> str:
     found = [
         entry
         for entry in entries()
-        if any(each.name == name or fnmatchcase(each.name, name) for each in expand(entry, chosen.transformer))
-        or ("{i}" in entry.name and entry.name == name)
+        if any(entry.name == name or fnmatchcase(each.name, name) for each in expand(entry, chosen.transformer))
     ]
     if name in known:  # one block's own
-        found = [replace(found[0], name=name)]
+        found = [known[name]]
     if not found and name.startswith(("encoder.", "decoder.")):
         return _of_autoencoder(name, chosen)
     if not found:

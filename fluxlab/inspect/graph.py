@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -40,7 +41,9 @@ def graph(module: nn.Module, inputs: FluxInputs | Mapping[str, Tensor] | Tensor)
         else:
             output = module(**(inputs.kwargs() if isinstance(inputs, FluxInputs) else inputs))
     numbers: dict[str, int] = {}  # nodes are named by their places in memory: by their order, each run draws the same
-    dot = make_dot(output, params=parameters)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torchviz asks distutils about torch's version
+        dot = make_dot(output, params=parameters)
     source = re.sub(r"\b\d{9,}\b", lambda place: f"n{numbers.setdefault(place[0], len(numbers))}", dot.source)
     with _quiet():
         drawn = pygraphviz.AGraph(string=source).draw(format="svg", prog="dot")

@@ -31,16 +31,8 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")  # Okabe and Ito, 2008
 SIGNED, POSITIVE = "RdBu_r", "viridis"
-_LOOK: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": False,
-    "figure.dpi": 100,
-    "savefig.bbox": "tight",
-    "legend.frameon": False,
-}
+_LOOK: dict[Any, Any] = {"font.size": 10, "axes.titlesize": 11, "axes.grid": False, "legend.frameon": False}
+_LOOK |= {"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 100, "savefig.bbox": "tight"}
 
 
 def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7.5, 4.0)) -> tuple[Figure, list[Axes]]:
@@ -56,14 +48,17 @@ def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7.5, 4.
     return made, list(axes.flat)
 
 
+def _reach(values: np.ndarray) -> float:
+    """How far the values go from zero, the outermost 0.5 % and what is not finite left out."""
+    sizes = np.abs(values[np.isfinite(values)])
+    return (float(np.quantile(sizes, 0.995)) if sizes.size else 0.0) or 1.0
+
+
 def _heat(axes: Axes, values: Tensor, title: str, x: str, y: str, signed: bool | None = None, **options: Any) -> Any:
-    """A matrix as colours; what is signed gets a map centred on zero, its outermost 0.5 % cut."""
-    data = values.detach().float().cpu().numpy()
-    if signed is None:
-        signed = bool((data < 0).any())
-    if signed:
-        most = float(np.quantile(np.abs(data), 0.995)) or 1.0
-        options = {"cmap": SIGNED, "vmin": -most, "vmax": most} | options
+    """A matrix as colours; what is signed gets a map centred on zero. What is no number stays white."""
+    data = values.detach().cpu().double().numpy()
+    if signed or (signed is None and (data < 0).any()):
+        options = {"cmap": SIGNED, "vmin": -_reach(data), "vmax": _reach(data)} | options
     shown = axes.imshow(data, **({"aspect": "auto", "interpolation": "nearest", "cmap": POSITIVE} | options))
     axes.set(title=title, xlabel=x, ylabel=y)
     return shown
@@ -72,6 +67,8 @@ def _heat(axes: Axes, values: Tensor, title: str, x: str, y: str, signed: bool |
 def bars(table: Table, value: str, label: str | None = None, title: str | None = None) -> Figure:
     """One column of a table as horizontal bars, its total left out."""
     rows = [row for row in table if next(iter(row.values())) != "all"]
+    if not rows:
+        raise ValueError("table has no rows to draw")
     label = label or next(iter(table[0]))
     made, (axes,) = figure(size=(7.5, 0.9 + 0.32 * len(rows)))
     numbers = [float(row[value]) for row in rows]
@@ -92,9 +89,8 @@ def schedule(steps: Sequence[int] = (4, 20, 50), image_tokens: Sequence[int] = (
     for tokens in image_tokens:
         right.plot(np.linspace(0, 1, 51), make_schedule(50, tokens), label=f"{tokens} image tokens")
     right.plot([0, 1], [1, 0], color="#8795a1", linestyle="--", label="unshifted (schnell)")
-    left.set(title=f"{max(image_tokens)} image tokens", xlabel="share of the steps done", ylabel="t (1 is noise)")
-    right.set(title="50 steps", xlabel="share of the steps done", ylabel="t (1 is noise)")
-    for axes in (left, right):
+    for axes, title in ((left, f"{max(image_tokens)} image tokens"), (right, "50 steps")):
+        axes.set(title=title, xlabel="share of the steps done", ylabel="t (1 is noise)")
         axes.legend()
     return made
 
@@ -112,9 +108,8 @@ def time_embedding(points: int = 200) -> Figure:
 def rotation(name: str = "flux-dev", positions: int = 64) -> Figure:
     """The angle by which RoPE turns each pair of features at each position, one picture for each axis."""
     config = variant(name).transformer
-    titles = ("index", "row", "column")
     made, panels = figure(1, len(config.axes_dim), (9.5, 3.4))
-    for axes, dim, axis in zip(panels, config.axes_dim, titles, strict=True):
+    for axes, dim, axis in zip(panels, config.axes_dim, ("index", "row", "column"), strict=True):
         turn = rope(torch.arange(positions)[None], dim, config.theta)[0]  # L D/2 2 2
         _heat(axes, turn[..., 0, 0], f"{axis}: cos of {dim // 2} pairs", "pair of features", "position", signed=True)
     made.suptitle(f"RoPE of {name}")
@@ -141,11 +136,10 @@ def modulation(tape: Tape) -> Figure:
 
 def latents(latent: Float[Tensor, "channels h w"]) -> Figure:
     """Every channel of one latent, all on one scale."""
-    count = latent.shape[0]
-    columns = min(8, count)
+    columns = min(8, count := latent.shape[0])
     rows = math.ceil(count / columns)
     made, panels = figure(rows, columns, (1.15 * columns + 0.8, 1.3 * rows + 0.3))
-    most = float(latent.abs().float().quantile(0.995)) or 1.0
+    most = _reach(latent.detach().cpu().double().numpy())
     for i, axes in enumerate(panels):
         axes.axis("off")
         if i < count:
@@ -155,12 +149,16 @@ def latents(latent: Float[Tensor, "channels h w"]) -> Figure:
 
 
 def histograms(tensors: Tape | dict[str, Tensor], bins: int = 80) -> Figure:
-    """The values of a few tensors, each as a curve of shares."""
+    """The values of a few tensors, each as a curve of shares; how many are not finite is said in the label."""
+    if not tensors:
+        raise ValueError("tensors is empty; give a tape or a dict with a tensor in it")
     made, (axes,) = figure()
     for name, tensor in tensors.items():
-        values = tensor.detach().float().flatten()
-        heights, edges = np.histogram(values.cpu().numpy(), bins=bins)
-        axes.plot((edges[1:] + edges[:-1]) / 2, heights / heights.sum(), label=name)
+        values = tensor.detach().cpu().double().flatten().numpy()
+        finite = values[np.isfinite(values)]
+        heights, edges = np.histogram(finite, bins=bins)
+        label = name if finite.size == values.size else f"{name} ({values.size - finite.size} not finite)"
+        axes.plot((edges[1:] + edges[:-1]) / 2, heights / max(finite.size, 1), label=label)
     axes.set(xlabel="value", ylabel="share of the values", yscale="log")
     axes.legend()
     return made
@@ -172,22 +170,21 @@ def residual_norms(tape: Tape) -> Figure:
     Capture ``["double_blocks.*.output", "single_blocks.*.output"]``, and the inputs of the first block if wanted.
     """
     lines: dict[str, list[tuple[str, float]]] = {}
-    split = tape.text_tokens
     for name, tensor in tape.items():
-        if match := re.fullmatch(r"(double|single)_blocks\.(\d+)\.(?:(img|txt)\.)?output", name):
-            place = f"{match[1][0]}{match[2]}"
-            length = tensor.float().norm(dim=-1)
-            if match[3]:
-                lines.setdefault(match[3], []).append((place, length.mean().item()))
-            elif split is not None:
-                lines.setdefault("txt", []).append((place, length[:, :split].mean().item()))
-                lines.setdefault("img", []).append((place, length[:, split:].mean().item()))
+        match = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(?:(img|txt)\.)?output", name)
+        if match and (match[3] or tape.text_tokens):
+            streams = {match[3]: tensor}
+            if not match[3]:
+                streams = {"txt": tensor[:, : tape.text_tokens], "img": tensor[:, tape.text_tokens :]}
+            for stream, tokens in streams.items():
+                length = tokens.float().norm(dim=-1).mean().item()
+                lines.setdefault(stream, []).append((f"{match[1][0]}{match[2]}", length))
     if not lines:
         raise ValueError("tape holds no residual stream; capture 'double_blocks.*.output' and 'single_blocks.*.output'")
     made, (axes,) = figure(size=(8, 3.6))
     for stream, points in lines.items():
         label = {"img": "image tokens", "txt": "text tokens"}[stream]
-        axes.plot([place for place, _ in points], [value for _, value in points], marker="o", label=label)
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
     axes.set(xlabel="after block (d double, s single)", ylabel="mean length of a token", title="Residual streams")
     axes.set_ylim(bottom=0)
     axes.tick_params(axis="x", labelsize=8, rotation=90 if len(points) > 24 else 0)
@@ -200,12 +197,7 @@ def word_attention(
 ) -> Figure:
     """Where in the picture each word is looked at from: the attention of image tokens to it, laid over the picture.
 
-    Args:
-        weights: what each image token gives each word; rows in the order of the tokens.
-        labels: the words.
-        height: of the picture, in pixels.
-        width: likewise.
-        picture: what was painted.
+    A row of ``weights`` is what one image token gives each word, in the order of the tokens; sizes are in pixels.
     """
     columns = min(6, len(labels) + 1)
     rows = math.ceil((len(labels) + 1) / columns)
@@ -218,8 +210,7 @@ def word_attention(
             axes.set_title("picture")
         elif i <= len(labels):
             axes.imshow(np.asarray(picture.convert("L")), cmap="gray", vmin=-255, vmax=400)
-            box = (0, picture.width, picture.height, 0)
-            part = maps[..., i - 1].numpy()
+            part, box = maps[..., i - 1].numpy(), (0, picture.width, picture.height, 0)
             axes.imshow(part, cmap="inferno", alpha=0.65, extent=box, interpolation="bilinear", vmin=0)
             axes.set_title(f"{labels[i - 1]}\n{part.max():.3f}", fontsize=9)
     return made
@@ -228,11 +219,7 @@ def word_attention(
 def head_grid(tape: Tape, value: Callable[[Tensor], Tensor], title: str, label: str) -> Figure:
     """One number for each head of each block whose attention was captured.
 
-    Args:
-        tape: with attention weights.
-        value: takes one block's weights ``B H Q K`` and gives ``H`` numbers.
-        title: of the picture.
-        label: of the numbers.
+    ``value`` takes one block's weights ``B H Q K`` and gives ``H`` numbers, which ``label`` names.
     """
     found = [(name.removesuffix(".attention"), value(t)) for name, t in tape.items() if name.endswith("attention")]
     if not found:
@@ -247,11 +234,12 @@ def head_grid(tape: Tape, value: Callable[[Tensor], Tensor], title: str, label: 
 
 def tensor_map(tensor: Tensor, title: str = "") -> Figure:
     """Any tensor as a picture: the last two axes, the first of each axis before them."""
-    flat = tensor.detach().float()
-    while flat.ndim > 2:
-        flat = flat[0]
+    if not tensor.numel():
+        raise ValueError(f"tensor has shape {tuple(tensor.shape)}: there are no values to draw")
+    matrix = torch.atleast_2d(tensor)
+    while matrix.ndim > 2:
+        matrix = matrix[0]
     made, (axes,) = figure(size=(7.5, 3.8))
-    matrix = flat if flat.ndim == 2 else flat.reshape(1, -1)
     shown = _heat(axes, matrix, f"{title} {list(tensor.shape)}", "last axis", "axis before it")
     made.colorbar(shown, ax=axes, label="value")
     return made

@@ -41,7 +41,8 @@ class Table(list[dict[str, Any]]):
 
         def row(tag: str, parts: list[str]) -> str:
             pairs = zip(sides, parts, strict=True)
-            return "".join(f'<{tag} style="text-align:{side}">{escape(part)}</{tag}>' for side, part in pairs)
+            style = "white-space:pre-wrap;text-align"  # a tree keeps its indentation
+            return "".join(f'<{tag} style="{style}:{side}">{escape(part)}</{tag}>' for side, part in pairs)
 
         body = "".join(f"<tr>{row('td', line)}</tr>" for line in cells)
         caption = f"<caption>{escape(self.title)}</caption>" if self.title else ""

@@ -6,9 +6,11 @@ Letters: B batch, T text tokens, I image tokens, L = T + I, C hidden size, M hid
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+import math
+from collections import Counter
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +20,10 @@ from fluxlab.extras import importing
 from fluxlab.glossary import named
 from fluxlab.inspect.table import Table
 from fluxlab.model.autoencoder import AutoEncoder
-from fluxlab.model.transformer import build
+from fluxlab.model.transformer import Flux, build
 from fluxlab.pipeline.inputs import FluxInputs, example_inputs
 from fluxlab.pipeline.latents import grid
+from fluxlab.pipeline.text import text_encoders
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float8": 1, "4 bits": 0.5}  # bytes of one number
 
@@ -46,7 +49,7 @@ def summary(
         import torchinfo
 
     if isinstance(model, str):
-        inputs = inputs or example_inputs(model, device="meta")
+        inputs = example_inputs(model, device="meta") if inputs is None else inputs
         model = build(model, device="meta")
     if inputs is None:
         raise ValueError("inputs is None; give what the module is called with: FluxInputs, a dict or a tensor")
@@ -73,11 +76,6 @@ def summary(
     return Table(rows, title=f"{found.total_params:,} parameters")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parameters
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def parameter_table(name: str, by: Literal["part", "kind"] = "part") -> Table:
     """The transformer's parameters: by part, in the order of the forward, or by kind of weight.
 
@@ -91,48 +89,30 @@ def parameter_table(name: str, by: Literal["part", "kind"] = "part") -> Table:
     if by not in ("part", "kind"):
         raise ValueError(f"by is {by!r}; it is 'part' or 'kind'")
     c = variant(name).transformer
-    counts: dict[str, int] = {}
-    for weight, entry in named(c, "weight").items():
+    counts = parameters_by(c, by)
+    total = counts.total()
+    rows = (
+        {by: part, "parameters": n, "share": f"{n / total:.2%}", "GB in bfloat16": round(n * 2 / 1e9, 3)}
+        for part, n in [*counts.items(), ("all", total)]
+    )
+    return Table(rows, title=f"{name}: parameters by {by}")
+
+
+def parameters_by(c: FluxConfig, by: Literal["part", "kind"]) -> Counter[str]:
+    """The numbers of ``parameter_table``, for a transformer of any sizes."""
+    blocks = {"double_blocks": f"{c.depth} × double block", "single_blocks": f"{c.depth_single_blocks} × single block"}
+    counts = Counter[str]()
+    for name, entry in named(c, "weight").items():
         shape = entry.shape(c)
-        number = shape[0] * (shape[1] if len(shape) > 1 else 1)
-        parts = {_part(weight, c): number} if by == "part" else kinds_of(weight, number, c)
-        for part, share in parts.items():
-            counts[part] = counts.get(part, 0) + share
-    total = sum(counts.values())
-    rows = [
-        {by: part, "parameters": number, "share": f"{number / total:.2%}", "GB in bfloat16": round(number * 2 / 1e9, 3)}
-        for part, number in counts.items()
-    ]
-    whole = {by: "all", "parameters": total, "share": "100.00%", "GB in bfloat16": round(total * 2 / 1e9, 3)}
-    return Table([*rows, whole], title=f"{name}: parameters by {by}")
-
-
-def _part(weight: str, c: FluxConfig) -> str:
-    head = weight.split(".")[0]
-    blocks = {"double_blocks": c.depth, "single_blocks": c.depth_single_blocks}
-    return f"{blocks[head]} × {head.removesuffix('s').replace('_', ' ')}" if head in blocks else head
-
-
-def kinds_of(weight: str, number: int, c: FluxConfig) -> dict[str, int]:
-    """Whom a weight serves: attention, MLP, modulation, norms, or what is around the blocks."""
-    wide, hidden = c.hidden_size, c.mlp_hidden_dim
-    if "mod" in weight:
-        return {"modulation": number}
-    if "blocks" not in weight:
-        return {"input and output": number}
-    if "norm" in weight:
-        return {"QK-norm": number}
-    if "linear1" in weight:
-        rows = 3 * wide + hidden
-        return {"attention": number * 3 * wide // rows, "MLP": number * hidden // rows}
-    if "linear2.weight" in weight:
-        return {"attention": wide * wide, "MLP": wide * hidden}
-    return {"MLP" if "mlp" in weight else "attention": number}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Operations
-# ---------------------------------------------------------------------------------------------------------------------
+        number, head = math.prod(shape), name.split(".")[0]
+        if by == "part":
+            counts[blocks.get(head, head)] += number
+        elif entry.serves == "attention and MLP":  # the longest side of linear1 and linear2 is shared
+            mlp = number // max(shape) * c.mlp_hidden_dim if "+M" in entry.axes else 0
+            counts.update({"attention": number - mlp, "MLP": mlp})
+        else:
+            counts[entry.serves] += number
+    return counts
 
 
 def flops(
@@ -152,50 +132,37 @@ def flops(
 
     Raises:
         ConfigError: no such variant.
-        ValueError: a side is not positive, or batch below 1.
+        ValueError: a size is not a whole number of at least 1.
     """
     chosen = variant(name)
     c = chosen.transformer
     image, text = _tokens(chosen, height, width, text_tokens, batch)
-    counts: dict[str, int] = {}
+    applied = {"I": image, "T": text, "L": image + text, "1": 1}
+    counts = Counter[str]()
     for weight, entry in named(c, "weight").items():
         if len(shape := entry.shape(c)) == 2:
-            cost = 2 * batch * _rows(weight, image, text) * shape[0] * shape[1]
-            counts[_work(weight)] = counts.get(_work(weight), 0) + cost
+            work = "modulation" if entry.serves == "modulation" else "linears"
+            part = f"{weight[:6]} blocks, {work}" if "blocks" in weight else "input, embedders and last layer"
+            counts[part] += 2 * batch * applied[entry.tokens] * math.prod(shape)
     attention = 4 * batch * (image + text) ** 2 * c.hidden_size
     counts |= {"double blocks, attention": attention * c.depth}
     counts |= {"single blocks, attention": attention * c.depth_single_blocks}
-    total = sum(counts.values())
-    rows = [{"part": part, "GFLOP": n / 1e9, "share": f"{n / total:.2%}"} for part, n in sorted(counts.items())]
-    title = f"{name}: one forward, {image} image and {text} text tokens, batch {batch}"
-    return Table([*rows, {"part": "all", "GFLOP": total / 1e9, "share": "100.00%"}], title=title)
+    total = counts.total()
+    rows = (
+        {"part": part, "GFLOP": n / 1e9, "share": f"{n / total:.2%}"}
+        for part, n in [*sorted(counts.items()), ("all", total)]
+    )
+    return Table(rows, title=f"{name}: one forward, {image} image and {text} text tokens, batch {batch}")
 
 
 def _tokens(chosen: Variant, height: int | None, width: int | None, text: int | None, batch: int) -> tuple[int, int]:
-    if batch < 1:
-        raise ValueError(f"batch is {batch}; it must be at least 1")
-    rows, columns = grid(*(chosen.size if side is None else side for side in (height, width)))
-    return rows * columns, chosen.t5_length if text is None else text
-
-
-def _rows(weight: str, image: int, text: int) -> int:
-    """How many vectors of one picture a Linear is applied to."""
-    if "mod" in weight or re.match(r"(time|vector|guidance)_in", weight):
-        return 1
-    if weight.startswith("single"):
-        return image + text
-    return text if "txt" in weight else image
-
-
-def _work(weight: str) -> str:
-    if "blocks" not in weight:
-        return "input, embedders and last layer"
-    return f"{weight.split('_')[0]} blocks, {'modulation' if 'mod' in weight else 'linears'}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-# ---------------------------------------------------------------------------------------------------------------------
+    """Numbers of image and text tokens."""
+    height, width = (chosen.size if side is None else side for side in (height, width))
+    text = chosen.t5_length if text is None else text
+    for name, size in {"height": height, "width": width, "text_tokens": text, "batch": batch}.items():
+        if not isinstance(size, Integral) or size < 1:
+            raise ValueError(f"{name} is {size!r}; give a whole number of at least 1")
+    return math.prod(grid(height, width)), text
 
 
 def memory(
@@ -203,22 +170,16 @@ def memory(
 ) -> Table:
     """Gigabytes (10^9 bytes) of the weights of every part, and of the largest tensors of one forward, by dtype.
 
-    Args:
-        name: of the variant.
-        height: of the picture, in pixels; by default the variant's usual one. A partial token counts whole.
-        width: likewise.
-        text_tokens: by default the variant's usual number.
-        batch: pictures at once.
-
-    Raises:
-        ConfigError: no such variant.
-        ValueError: a side is not positive, or batch below 1.
+    Arguments and errors are those of ``flops``.
     """
     chosen = variant(name)
     c = chosen.transformer
     image, text = _tokens(chosen, height, width, text_tokens, batch)
     tokens, wide, hidden = batch * (image + text), c.hidden_size, c.mlp_hidden_dim
-    numbers = {f"weights: {part}": number for part, number in _weights(chosen)}
+    with torch.device("meta"):
+        t5, clip = text_encoders(chosen)
+        parts = {"transformer": Flux(c), "VAE": AutoEncoder(chosen.autoencoder), "T5 encoder": t5, "CLIP text": clip}
+    numbers = {f"weights: {part}": sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
     numbers |= {
         "tensor: residual stream": tokens * wide,
         "tensor: q, k and v": 3 * tokens * wide,
@@ -230,29 +191,3 @@ def memory(
         {"what": what, "numbers": n, **{k: n * size / 1e9 for k, size in DTYPES.items()}} for what, n in numbers.items()
     )
     return Table(rows, title=f"{name}: GB, {image} image and {text} text tokens, batch {batch}")
-
-
-def _weights(chosen: Variant) -> Iterator[tuple[str, int]]:
-    """Parameters of each part of a whole model."""
-    with torch.device("meta"):
-        parts: dict[str, Any] = {"transformer": build(chosen.name, device="meta")}
-        parts["VAE"] = AutoEncoder(chosen.autoencoder)
-        parts["T5 encoder"], parts["CLIP text"] = text_encoders(chosen)
-    for part, module in parts.items():
-        yield part, sum(p.numel() for p in module.parameters())
-
-
-def text_encoders(chosen: Variant) -> tuple[Any, Any]:
-    """The two text encoders without weights, from their configs: in data/, or as published."""
-    with importing():
-        from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
-    from fluxlab.weights.find import data_folder
-
-    if chosen.embedded:
-        t5 = T5Config.from_pretrained(str(data_folder() / chosen.t5))
-        clip = CLIPTextConfig.from_pretrained(str(data_folder() / chosen.clip))
-    else:
-        t5 = T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
-        clip = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    return T5EncoderModel(t5), CLIPTextModel(clip)

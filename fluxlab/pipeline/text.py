@@ -20,8 +20,10 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fluxlab.config import Variant
 from fluxlab.extras import importing
 from fluxlab.files import WeightsError, listed
+from fluxlab.weights.find import data_folder
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
@@ -150,3 +152,19 @@ def _tokenize(tokenizer: Any, prompts: Sequence[str], length: int, who: str) -> 
             )
     options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
     return tokenizer(list(prompts), return_tensors="pt", **options).input_ids
+
+
+def text_encoders(chosen: Variant) -> tuple[T5EncoderModel, CLIPTextModel]:
+    """The two text encoders of a variant with random weights, from their configs: those in data/, or the published.
+
+    Under ``torch.device("meta")`` they take no memory.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    if chosen.embedded:
+        t5 = T5Config.from_pretrained(str(data_folder() / chosen.t5))
+        clip = CLIPTextConfig.from_pretrained(str(data_folder() / chosen.clip))
+    else:
+        t5 = T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+        clip = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    return T5EncoderModel(t5), CLIPTextModel(clip)

@@ -16,6 +16,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from tqdm.auto import tqdm
 
 from fluxlab.files import read_tensors, write_tensors, write_text
+from fluxlab.glossary import serves
 from fluxlab.tiny.recipe import Recipe
 
 
@@ -40,7 +41,8 @@ def fit(
     path, record = run / f"{stage}.state.safetensors", run / f"{stage}.jsonl"
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     parameters: list[Tensor] = list(named.values())
-    matrices = [p for name, p in named.items() if p.ndim == 2 and "_blocks" in name and "mod" not in name]
+    muon = ("attention", "MLP", "attention and MLP")
+    matrices = [p for name, p in named.items() if p.ndim == 2 and serves(name) in muon]
     others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
     optimizers: list[Optimizer] = [AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
     if matrices:

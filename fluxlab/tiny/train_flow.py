@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fluxlab.glossary import serves
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.blocks import layer_norm
 from fluxlab.model.transformer import Flux
@@ -32,7 +33,7 @@ from fluxlab.weights.load import load_weights
 def initialise(model: Flux) -> Flux:
     """Zero every modulation and the last layer: each block starts as the identity, and the output as zero."""
     for name, parameter in model.named_parameters():
-        if "mod" in name or name.startswith("final_layer"):
+        if serves(name) == "modulation" or name.startswith("final_layer"):
             nn.init.zeros_(parameter)
     return model
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import fluxlab as fl
-from fluxlab.glossary import autoencoder_entry, entries
+from fluxlab.glossary import autoencoder_entry, entries, serves
 from fluxlab.inspect.explain import explanation, source_line
 
 ROOT = Path(fl.__file__).parents[1]
@@ -36,7 +36,7 @@ def test_every_letter_of_a_shape_is_explained():
     ("name", "said"),
     [
         ("double_blocks.7.img_attn.norm.query_norm.scale", ["chapter 07", "D = [128] in flux-dev", "self.scale ="]),
-        ("double_blocks.0.txt.middle", ["text stream", "B T C = [1, 512, 3072]", 'see("txt.middle"']),
+        ("double_blocks.0.txt.middle", ["text residual stream", "B T C = [1, 512, 3072]", 'see("txt.middle"']),
         ("single_blocks.3.attention", ["[1, 24, 4608, 4608] in flux-dev at 1024 x 1024"]),
         ("vec", ["Time, guidance and CLIP", "[1, 3072]"]),
         ("img_ids", ["chapter 02", "[1, 4096, 3]", "transformer.py"]),
@@ -70,11 +70,33 @@ def test_no_name_is_listed_twice():
     assert all(entry.meaning.endswith(".") and re.fullmatch(r"\d\d", entry.chapter) for entry in entries())
 
 
+def test_every_sentence_stands_alone():
+    """``fl.explain`` prints one at a time, so none may lean on the one before it."""
+    for entry in entries():
+        assert not re.search(r"\b(less 1|there|the same|that stream)\b", entry.meaning, re.IGNORECASE), entry
+    for block in ("double_blocks.0.img_mod.scale1", "single_blocks.0.modulation.scale", "final_layer.scale", "scale"):
+        assert "multipli" in explanation(block)
+        assert "by 1 plus this" in explanation(block)
+    assert "hidden features of the image MLP, after GELU" in explanation("double_blocks.0.img_mlp.1")
+
+
+def test_what_a_weight_serves_is_told_by_its_name_wherever_it_stands():
+    assert serves("double_blocks.3.img_mod.lin.weight") == serves("final_layer.adaLN_modulation.1.bias") == "modulation"
+    assert serves("0.single_blocks.11.linear1.weight") == "attention and MLP"  # in a list of modules
+    assert serves("double_blocks.0.txt_attn.norm.key_norm.scale") == "QK-norm"
+    assert (
+        serves("encoder.block.0.layer.0.SelfAttention.q.weight") == serves("img_in") == serves("my_img_in.weight") == ""
+    )
+    assert all((entry.serves != "") == (entry.tokens != "") == (entry.kind == "weight") for entry in entries())
+
+
 def test_every_weight_of_the_vae_is_explained():
     keys = fl.AutoEncoder(fl.VARIANTS["flux-tiny-dev"].autoencoder).state_dict()
     assert all(autoencoder_entry(key) for key in keys)
     assert explanation("encoder.*", "flux-tiny-dev").count("chapter 10") == sum(key.startswith("enc") for key in keys)
     assert "changes the number of features" in explanation("decoder.up.0.block.0.nin_shortcut.weight")
+    assert "Bias: a GroupNorm before" in explanation("decoder.norm_out.bias")
+    assert autoencoder_entry("decoder.norm_out.scale") is None
     told = explanation("decoder.mid.attn_1.q.weight")
     assert "[512, 512, 1, 1] in the VAE of flux-dev" in told
     assert "autoencoder.py" in told

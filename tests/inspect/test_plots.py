@@ -10,6 +10,7 @@ from PIL import Image
 
 import fluxlab as fl
 from fluxlab.inspect.explore import explore, view
+from fluxlab.inspect.table import Table
 from tests.helpers import randomise
 
 NAMES = ["*.output", "*mod*.shift*", "*mod*.scale*", "*mod*.gate*", "*.attention", "double_blocks.0.q"]
@@ -56,6 +57,42 @@ def test_signed_values_are_centred_on_zero():
     figure = fl.plots.tensor_map(torch.tensor([[-1.0, 3.0], [0.5, 0.0]]))
     low, high = figure.axes[0].images[0].get_clim()
     assert low == -high < 0
+
+
+def test_what_is_not_finite_is_left_out_of_a_histogram_and_said():
+    values = torch.tensor([0.0, 1.0, float("inf"), float("nan"), -float("inf")])
+    tensors = {"bad": values, "fine": torch.arange(4), "bool": torch.tensor([True, False]), "all": values[2:]}
+    lines = {
+        line.get_label(): line for line in fl.plots.histograms(tensors | {"wide": 3e38 * values[:2]}).axes[0].lines
+    }
+    assert list(lines) == ["bad (3 not finite)", "fine", "bool", "all (3 not finite)", "wide"]
+    assert lines["bad (3 not finite)"].get_ydata().sum() == pytest.approx(1)
+    assert lines["bad (3 not finite)"].get_xdata().max() < 1
+    with pytest.raises(ValueError, match="tensors is empty"):
+        fl.plots.histograms(fl.Tape())
+
+
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+def test_colours_are_scaled_by_what_is_finite(bad):
+    values = torch.linspace(-2, 2, 64).reshape(8, 8)
+    values[3, 3] = bad
+    low, high = fl.plots.tensor_map(values).axes[0].images[0].get_clim()
+    assert low == -high
+    assert 1.9 < high <= 2
+    assert fl.plots.latents(values[None]).axes[0].images[0].get_clim() == (low, high)
+    fl.plots.tensor_map(torch.full((2, 2), bad))
+
+
+@pytest.mark.parametrize("tensor", [torch.tensor([[True, False]]), torch.arange(6).reshape(2, 3), torch.tensor(3)])
+def test_a_tensor_of_any_kind_is_drawn(tensor):
+    assert fl.plots.tensor_map(tensor).axes[0].images[0].get_array().size == tensor.numel()
+
+
+def test_nothing_to_draw_is_said():
+    with pytest.raises(ValueError, match=r"tensor has shape \(0, 3\)"):
+        fl.plots.tensor_map(torch.zeros(0, 3))
+    with pytest.raises(ValueError, match="table has no rows"):
+        fl.plots.bars(Table([]), "parameters")
 
 
 def test_the_schedule_drawn_is_the_schedule():

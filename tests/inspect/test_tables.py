@@ -80,10 +80,19 @@ def test_the_published_cost_at_1024():
 
 
 @pytest.mark.parametrize("count", [fl.flops, fl.memory])
-def test_a_partial_token_counts_whole_and_a_batch_of_none_is_refused(count):
+def test_a_partial_token_counts_whole(count):
     assert repr(count("flux-tiny-dev", 100, 100)) == repr(count("flux-tiny-dev", 112, 112))
-    with pytest.raises(ValueError, match="batch is -1"):
-        count("flux-tiny-dev", batch=-1)
+
+
+WRONG = [("batch", -1), ("text_tokens", -5), ("text_tokens", 0), ("text_tokens", 2.5)]
+WRONG += [("height", 0), ("width", 100.5), ("width", "128")]
+
+
+@pytest.mark.parametrize("count", [fl.flops, fl.memory])
+@pytest.mark.parametrize(("size", "given"), WRONG)
+def test_a_size_that_is_none_is_refused(count, size, given, as_users_run_it):
+    with pytest.raises(ValueError, match=f"{size} is {given!r}; give a whole number of at least 1"):
+        count("flux-tiny-dev", **{size: given})
 
 
 @pytest.mark.parametrize("name", ["flux-dev", "flux-tiny-schnell"])
@@ -125,6 +134,11 @@ def test_a_summary_of_any_module():
         fl.summary(torch.nn.Linear(2, 2))
 
 
+def test_a_variants_summary_takes_other_inputs_than_the_usual():
+    inputs = fl.example_inputs("flux-tiny-dev", height=64, width=64, device="meta")
+    assert value(fl.summary("flux-tiny-dev", inputs.kwargs(), depth=1), "img_in", "output") == (1, 16, 128)
+
+
 def test_a_summary_leaves_the_modes_as_they_were_and_needs_no_parameters():
     net = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.ReLU())
     net[0].eval()
@@ -138,6 +152,7 @@ def test_a_table_is_rows_for_pandas_and_text_for_readers():
     assert repr(table).splitlines()[0] == "Title"
     assert repr(table).splitlines()[3].split() == ["a", "1,234,567", "0.1235"]
     assert "b&lt;" in table._repr_html_()
+    assert 'style="white-space:pre-wrap;' in table._repr_html_()  # the indentation of a tree is kept
     assert repr(Table([])) == "empty"
 
 

@@ -7,6 +7,7 @@ tests a model's name: code asks the config.
 from __future__ import annotations
 
 import difflib
+import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,22 @@ EMBEDDING_DIM = 256  # numbers of the sinusoid that a time or a guidance becomes
 
 class ConfigError(ValueError):
     """A config whose numbers do not fit together, or a variant that does not exist."""
+
+
+def whole(name: str, value: Any, least: int = 1, most: int = 2**64 - 1) -> int:
+    """An argument as an int: Python's, numpy's or a tensor's.
+
+    Raises:
+        ValueError: it is not a whole number, or out of range.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if not least <= number <= most:
+        limit = f"at least {least}" if number < least else f"at most {most}"
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of {limit}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -216,6 +233,7 @@ VARIANTS: dict[str, Variant] = {
             "black-forest-labs/FLUX.1-Kontext-dev",
             "flux1-kontext-dev.safetensors",
             guidance=2.5,
+            num_steps=30,
             pipeline="FluxKontextPipeline",
         ),
         # 384 = 64 noisy latent + 64 latent of the masked picture + 256 mask (8x8 pixels of each latent cell, 2x2 cells)

@@ -7,7 +7,6 @@ Axes: batch B, text tokens T, channels C.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +19,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fluxlab.files import WeightsError, listed
+from fluxlab.pipeline.checks import as_list, finite, warn
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+# of a whole CLIP, whose text model alone is used
+_REST_OF_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale", "text_model.embeddings.posi")
 
-@dataclass
+
+@dataclass(eq=False, repr=False)
 class TextEncoders:
     """The two encoders with their tokenizers."""
 
@@ -35,6 +38,7 @@ class TextEncoders:
     clip: CLIPTextModel
     clip_tokenizer: CLIPTokenizer
     clip_length: int
+    device: torch.device | str = "cpu"  # where the ids are sent
 
     @classmethod
     def load(
@@ -77,12 +81,28 @@ class TextEncoders:
             clip=clip_model.to(device).eval().requires_grad_(False),
             clip_tokenizer=_tokenizer(CLIPTokenizer, clip_tokenizer or clip),
             clip_length=clip_length,
+            device="cpu" if device is None else device,
         )
 
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEncoders:
+        """Move and cast both encoders, in place."""
+        encoders: tuple[torch.nn.Module, ...] = (self.t5, self.clip)
+        for encoder in encoders:
+            encoder.to(device=device, dtype=dtype)
+        self.device = self.device if device is None else device
+        return self
+
     def tokenize(
-        self, prompts: Sequence[str]
+        self, prompts: str | Sequence[str]
     ) -> tuple[Int[Tensor, "batch text_tokens"], Int[Tensor, "batch clip_tokens"]]:
-        """Token ids for T5 and for CLIP, padded to their lengths; a longer prompt is cut, with a warning."""
+        """Token ids for T5 and for CLIP, padded to their lengths; a longer prompt is cut, with a warning.
+
+        Raises:
+            ValueError: a prompt is not text.
+        """
+        prompts = as_list("prompt", prompts)
+        if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+            raise ValueError(f"prompt is {wrong[0]!r}; give text")
         return (
             _tokenize(self.t5_tokenizer, prompts, self.t5_length, "T5"),
             _tokenize(self.clip_tokenizer, prompts, self.clip_length, "CLIP"),
@@ -92,26 +112,39 @@ class TextEncoders:
         self, t5_ids: Int[Tensor, "batch text_tokens"], clip_ids: Int[Tensor, "batch clip_tokens"]
     ) -> tuple[Float[Tensor, "batch text_tokens context_dim"], Float[Tensor, "batch vec_dim"]]:
         """T5's last hidden state (``txt``) and CLIP's pooled output (``y``)."""
-        txt = self.t5(input_ids=t5_ids.to(self.t5.device), attention_mask=None).last_hidden_state
-        y = self.clip(input_ids=clip_ids.to(self.clip.device), attention_mask=None).pooler_output
+        txt = self.t5(input_ids=t5_ids.to(self.device), attention_mask=None).last_hidden_state
+        y = self.clip(input_ids=clip_ids.to(self.device), attention_mask=None).pooler_output
         return txt, y
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[str]
+        self, prompts: str | Sequence[str]
     ) -> tuple[Float[Tensor, "batch text_tokens context_dim"], Float[Tensor, "batch vec_dim"]]:
-        """``txt`` and ``y`` of each prompt."""
-        return self.encode(*self.tokenize(prompts))
+        """``txt`` and ``y`` of each prompt.
+
+        Raises:
+            ValueError: a prompt is not text, or what an encoder gives is not finite.
+        """
+        txt, y = self.encode(*self.tokenize(prompts))
+        return finite(txt, "T5's output"), finite(y, "CLIP's output")
+
+    def __repr__(self) -> str:
+        return f"TextEncoders(T5: {self.t5_length} tokens, CLIP: {self.clip_length} tokens, on {self.device})"
 
 
 def _strictly(encoder: Any, source: str | Path, options: dict[str, Any]) -> Any:
-    """What transformers loads, unless it would make up weights that the files do not have."""
+    """What transformers loads, unless it would make up weights that the files lack, or leave some of theirs unread."""
     try:
         model, found = encoder.from_pretrained(str(source), output_loading_info=True, **options)
     except (SafetensorError, RuntimeError) as error:
         raise WeightsError(f"{source}: no {encoder.__name__} can be read from it ({error})") from error
     if missing := sorted(found["missing_keys"]):
         raise WeightsError(f"{source}: not a whole {encoder.__name__}: {len(missing)} missing: {listed(missing)}")
+    if unexpected := sorted(name for name in found["unexpected_keys"] if not name.startswith(_REST_OF_CLIP)):
+        raise WeightsError(
+            f"{source}: not a plain {encoder.__name__}: {len(unexpected)} unexpected: {listed(unexpected)}; weights "
+            f"with scales beside them are quantized, and wrong without: give float32, bfloat16 or float16"
+        )
     return model
 
 
@@ -137,13 +170,9 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 def _tokenize(tokenizer: Any, prompts: Sequence[str], length: int, who: str) -> Int[Tensor, "batch tokens"]:
-    whole = tokenizer(list(prompts), truncation=False, verbose=False).input_ids  # not verbose: we warn below
-    for prompt, ids in zip(prompts, whole, strict=True):
+    for prompt, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids, strict=True):
         if len(ids) > length:
             cut = tokenizer.decode(ids[length - 1 : -1])  # one place goes to the end token
-            warnings.warn(
-                f"prompt {prompt!r} has {len(ids)} {who} tokens and {who} reads {length}; this part is cut: {cut!r}",
-                stacklevel=4,
-            )
-    options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
-    return tokenizer(list(prompts), return_tensors="pt", **options).input_ids
+            warn(f"prompt {prompt!r} has {len(ids)} {who} tokens and {who} reads {length}; this part is cut: {cut!r}")
+    padded = tokenizer(prompts, padding="max_length", truncation=True, max_length=length)
+    return torch.tensor(padded.input_ids, dtype=torch.int64, device="cpu")

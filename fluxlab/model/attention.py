@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fluxlab.model.linear import Linear
 from fluxlab.model.observe import Observed, See, unseen
 from fluxlab.model.rope import apply_rope
 
@@ -21,18 +20,18 @@ def attention(
     q: Float[Tensor, "batch heads tokens dim"],
     k: Float[Tensor, "batch heads tokens dim"],
     v: Float[Tensor, "batch heads tokens dim"],
-    rotation: Float[Tensor, "#batch 1 tokens pairs 2 2"],
+    pe: Float[Tensor, "#batch 1 tokens pairs 2 2"],
     see: See = unseen,
 ) -> Float[Tensor, "batch tokens channels"]:
     """Rotate q and k, attend, and lay the heads side by side: ``softmax(q k^T / sqrt(D)) v``."""
-    q, k = apply_rope(q, k, rotation)
+    q, k = apply_rope(q, k, pe)
     q, k, v = see("q", q), see("k", k), see("v", v)  # each B H L D
     return see("attended", rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)"))
 
 
-def split_heads(qkv: Float[Tensor, "batch tokens qkv"], heads: int) -> tuple[Tensor, ...]:
-    """Queries, keys and values, B H L D, of one Linear's ``(K H D)``; copied, so that a head's rows lie together."""
-    return tuple(x.contiguous() for x in rearrange(qkv, "b l (k h d) -> k b h l d", k=3, h=heads))
+def split_heads(qkv: Float[Tensor, "batch tokens qkv"], heads: int) -> Float[Tensor, "3 batch heads tokens dim"]:
+    """Queries, keys and values of one Linear's output, which is packed as ``(K H D)``."""
+    return rearrange(qkv, "b l (k h d) -> k b h l d", k=3, h=heads)
 
 
 class RMSNorm(nn.Module):
@@ -49,9 +48,7 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.scale)
 
     def forward(self, x: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape dim"]:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # the sum of squares in one pass
-        return (x * torch.rsqrt(length.square() / x.shape[-1] + 1e-6)).type_as(x) * self.scale
+        return F.rms_norm(x, self.scale.shape, self.scale, eps=1e-6)
 
 
 class QKNorm(nn.Module):
@@ -77,9 +74,9 @@ class SelfAttention(Observed):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(dim, dim * 3, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.norm = QKNorm(dim // num_heads)
-        self.proj = Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
 
     def project(
         self, x: Float[Tensor, "batch tokens channels"]

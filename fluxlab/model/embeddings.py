@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fluxlab.config import EMBEDDING_DIM
-from fluxlab.model.linear import Linear
 
 TIME_FACTOR = 1000.0  # t in [0, 1] and guidance are both multiplied by this before they are embedded
 
@@ -27,8 +26,7 @@ def timestep_embedding(
     Args:
         t: one number for each item of the batch, a time in [0, 1] or a guidance strength.
         dim: width of the embedding, even.
-        max_period: how much slower than the first the last angle would be, were there one more; the first turns once
-            in 2 pi units of ``t * 1000``.
+        max_period: how far the frequencies reach: from 1 down to nearly ``1 / max_period``.
 
     Raises:
         ValueError: ``dim`` is odd or not positive.
@@ -48,9 +46,9 @@ class MLPEmbedder(nn.Module):
 
     def __init__(self, in_dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.in_layer = Linear(in_dim, hidden_dim)
+        self.in_layer = nn.Linear(in_dim, hidden_dim)
         self.silu = nn.SiLU()
-        self.out_layer = Linear(hidden_dim, hidden_dim)
+        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
 
     def forward(self, x: Float[Tensor, "batch in_dim"]) -> Float[Tensor, "batch channels"]:
         return self.out_layer(self.silu(self.in_layer(x)))

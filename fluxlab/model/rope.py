@@ -16,7 +16,7 @@ def rope(positions: Num[Tensor, "batch tokens"], dim: int, theta: float) -> Floa
     """Rotation matrices for positions along one axis, in float32.
 
     ``angle = position * theta^(-2i / dim)`` for the pair ``i = 0 .. dim/2 - 1``, as ``[[cos, -sin], [sin, cos]]``.
-    The angles are computed in float64 (float32 where a device lacks it) and cast.
+    The angles are computed in float64 and then cast, so leave the positions on the CPU for a device without float64.
 
     Args:
         positions: whole numbers, in float32 or an integer dtype: bfloat16 is not exact above 256.
@@ -30,15 +30,14 @@ def rope(positions: Num[Tensor, "batch tokens"], dim: int, theta: float) -> Floa
     """
     if dim < 2 or dim % 2:
         raise ValueError(f"dim is {dim}; RoPE turns features in pairs, so it must be a positive even number")
-    dtype = torch.float32 if positions.device.type == "mps" else torch.float64
-    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=dtype, device=positions.device) / dim)
-    angles = positions[..., None].to(dtype) * frequencies  # B L D/2
+    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim)
+    angles = positions[..., None] * frequencies  # B L D/2
     cos, sin = angles.cos().float(), angles.sin().float()
     return rearrange(torch.stack((cos, -sin, sin, cos), dim=-1), "b l d (i j) -> b l d i j", i=2, j=2)
 
 
 class EmbedND(nn.Module):
-    """One table of rotations for a sequence whose tokens have a position on several axes."""
+    """The rotations of a sequence whose tokens have a position on several axes, the axes side by side."""
 
     def __init__(self, theta: int, axes_dim: tuple[int, ...]) -> None:
         super().__init__()
@@ -53,17 +52,19 @@ class EmbedND(nn.Module):
 def apply_rope(
     q: Float[Tensor, "batch heads tokens dim"],
     k: Float[Tensor, "batch heads tokens dim"],
-    rotation: Float[Tensor, "#batch 1 tokens pairs 2 2"],
+    pe: Float[Tensor, "#batch 1 tokens pairs 2 2"],
 ) -> tuple[Float[Tensor, "batch heads tokens dim"], Float[Tensor, "batch heads tokens dim"]]:
-    """Turn queries and keys, in float32 at least; the dtype that came in goes out.
+    """Turn queries and keys, in float32 at least; the dtype that came in goes out."""
+    return rotate(q, pe), rotate(k, pe)
 
-    ``(x0, x1) -> (x0 cos - x1 sin, x0 sin + x1 cos)`` for each pair of neighbouring features. A pair is a complex
-    number and a turn the product with ``cos + i sin``, the first column of its matrix: one pass over the memory.
+
+def rotate(
+    x: Float[Tensor, "batch heads tokens dim"], pe: Float[Tensor, "#batch 1 tokens pairs 2 2"]
+) -> Float[Tensor, "batch heads tokens dim"]:
+    """``(x0, x1) -> (x0 cos - x1 sin, x0 sin + x1 cos)`` for each pair of neighbouring features.
+
+    A matrix times a vector is the sum of its columns, each times one number of the vector.
     """
-    turn = torch.view_as_complex(rotation[..., 0].contiguous())  # B 1 L D/2
-    return _turned(q, turn), _turned(k, turn)
-
-
-def _turned(x: Tensor, turn: Tensor) -> Tensor:
-    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))  # B H L D/2 2
-    return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).type_as(x)
+    x0, x1 = x.unflatten(-1, (-1, 1, 2)).unbind(-1)  # each B H L D/2 1
+    turned = pe[..., 0] * x0 + pe[..., 1] * x1  # B H L D/2 2, in float32 if x is narrower
+    return turned.flatten(-2).type_as(x)

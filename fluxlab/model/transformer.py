@@ -6,6 +6,7 @@ Axes: batch B, tokens L = text T + image I, channels C.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any
 
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from fluxlab.config import EMBEDDING_DIM, ConfigError, FluxConfig, variant
 from fluxlab.model.blocks import DoubleStreamBlock, LastLayer, SingleStreamBlock
 from fluxlab.model.embeddings import MLPEmbedder, timestep_embedding
-from fluxlab.model.linear import Linear
 from fluxlab.model.observe import Observed
 from fluxlab.model.rope import EmbedND
 
@@ -29,11 +29,11 @@ class Flux(Observed):
         self.config = config
         c = config
         self.pe_embedder = EmbedND(c.theta, c.axes_dim)
-        self.img_in = Linear(c.in_channels, c.hidden_size)
+        self.img_in = nn.Linear(c.in_channels, c.hidden_size)
         self.time_in = MLPEmbedder(EMBEDDING_DIM, c.hidden_size)
         self.vector_in = MLPEmbedder(c.vec_in_dim, c.hidden_size)
         self.guidance_in = MLPEmbedder(EMBEDDING_DIM, c.hidden_size) if c.guidance_embed else None
-        self.txt_in = Linear(c.context_in_dim, c.hidden_size)
+        self.txt_in = nn.Linear(c.context_in_dim, c.hidden_size)
         self.double_blocks = nn.ModuleList(
             DoubleStreamBlock(c.hidden_size, c.num_heads, c.mlp_hidden_dim, c.qkv_bias) for _ in range(c.depth)
         )
@@ -55,30 +55,31 @@ class Flux(Observed):
         """Predict the velocity, noise minus data, of each image token.
 
         Args:
-            img: packed noisy latent, in the dtype of the weights.
+            img: packed noisy latent, in the dtype of the weights, as are ``txt`` and ``y``.
             img_ids: index, row and column of each image token, whole numbers in float32 or integers.
             txt: T5's last hidden state.
             txt_ids: zeros.
-            timesteps: t in [0, 1]; 1 is noise.
+            timesteps: t in [0, 1], in float32; 1 is noise.
             y: CLIP's pooled output.
-            guidance: strength of the distilled guidance; for models that have its embedder, and for them alone.
+            guidance: strength of the distilled guidance, in float32; for models with a guidance embedder.
 
         Raises:
             ValueError: a shape, dtype or device does not fit; guidance is missing where the model needs it, or
-                given where it has no use.
+                given where it has no use; a time is outside [0, 1].
         """
         self._check(img=img, img_ids=img_ids, txt=txt, txt_ids=txt_ids, timesteps=timesteps, y=y, guidance=guidance)
 
         # 1. what the picture is to be, as one vector
-        vec = self.time_in(timestep_embedding(timesteps).type_as(img))
+        vec = self.time_in(timestep_embedding(timesteps).to(img))
         if self.guidance_in is not None and guidance is not None:
-            vec = vec + self.guidance_in(timestep_embedding(guidance).type_as(img))
+            vec = vec + self.guidance_in(timestep_embedding(guidance).to(img))
         vec = self.see("vec", vec + self.vector_in(y))  # B C
 
         # 2. tokens, and where each of them is
         img = self.img_in(self.see("img", img))  # B I C
         txt = self.txt_in(txt)  # B T C
-        pe = self.see("pe", self.pe_embedder(torch.cat((txt_ids, img_ids), dim=1)))  # B 1 T+I D/2 2 2
+        pe = self.pe_embedder(torch.cat((txt_ids, img_ids), dim=1))
+        pe = self.see("pe", pe.to(img.device))  # B 1 T+I D/2 2 2
 
         # 3. two streams that meet in attention
         for block in self.double_blocks:
@@ -93,29 +94,28 @@ class Flux(Observed):
         return self.see("velocity", self.final_layer(x[:, txt.shape[1] :], vec))
 
     def _check(self, **given: Tensor | None) -> None:
-        """What does not fit is named before any work is done; shapes and dtypes alone are read, no values."""
-        c, weight = self.config, self.img_in.weight
-        for name, value in given.items():
-            if not isinstance(value, Tensor) and (name, value) != ("guidance", None):
-                raise ValueError(f"{name} is {value!r}; give a tensor")
+        """What does not fit is named before any work is done. The weights are asked nothing: they may be anywhere."""
+        c = self.config
         if c.guidance_embed and given["guidance"] is None:
             raise ValueError(
                 "guidance is None, but this model has a guidance embedder; give one strength for each item of the "
                 "batch, such as torch.full((batch,), 3.5)"
             )
-        if not c.guidance_embed and given["guidance"] is not None:
+        if not c.guidance_embed and given.pop("guidance") is not None:
             raise ValueError(
                 "guidance was given, but this model has no guidance embedder (guidance_embed=False, as in schnell) "
                 "and would ignore it; leave it out"
             )
-        tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-        axes = len(c.axes_dim)
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        if wrong := [name for name in given if name not in tensors]:
+            raise ValueError(f"{wrong[0]} is {given[wrong[0]]!r}; give a tensor")
+        img = tensors["img"]
         (batch, image), (_, text) = ((*tensors[name].shape, 0, 0)[:2] for name in ("img", "txt"))
         shapes = {
             "img": (batch, image, c.in_channels),
-            "img_ids": (batch, image, axes),
+            "img_ids": (batch, image, len(c.axes_dim)),
             "txt": (batch, text, c.context_in_dim),
-            "txt_ids": (batch, text, axes),
+            "txt_ids": (batch, text, len(c.axes_dim)),
             "timesteps": (batch,),
             "y": (batch, c.vec_in_dim),
             "guidance": (batch,),
@@ -125,12 +125,16 @@ class Flux(Observed):
                 raise ValueError(
                     f"{name} has shape {tuple(tensor.shape)}; this model, with this img, takes {shapes[name]}"
                 )
-            if tensor.device != weight.device:
-                raise ValueError(f"{name} is on {tensor.device} and the weights on {weight.device}; move one of them")
-            if name in ("img", "txt", "y") and tensor.dtype != weight.dtype:
-                raise ValueError(f"{name} is {tensor.dtype} and the weights are {weight.dtype}; cast one of them")
-            if name.endswith("ids") and tensor.dtype in (torch.bfloat16, torch.float16):
-                raise ValueError(f"{name} is {tensor.dtype}, which is not exact for large positions; give float32")
+            if name in ("txt", "y") and (tensor.device, tensor.dtype) != (img.device, img.dtype):
+                said = f"{name} is {tensor.dtype} on {tensor.device}, and img is {img.dtype} on {img.device}"
+                raise ValueError(f"{said}; give both alike, as the weights are")
+            if name not in ("img", "txt", "y") and tensor.dtype in (torch.bfloat16, torch.float16):
+                raise ValueError(f"{name} is {tensor.dtype}, which rounds it; give float32")
+        t = tensors["timesteps"]
+        if t.device.type == "cpu" and not torch.compiler.is_compiling():  # where a look at the values costs nothing
+            with suppress(RuntimeError):  # nor can those of a fake tensor be looked at
+                if wrong := [value for value in t.tolist() if not 0 <= value <= 1]:
+                    raise ValueError(f"timesteps has {wrong[0]:g}; t is in [0, 1], and the model multiplies it by 1000")
 
 
 def build(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **overrides: Any) -> Flux:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb, get_timestep_embedding
@@ -37,6 +38,35 @@ def test_the_rotation_equals_diffusers():
     ours, _ = fl.apply_rope(q, q, table)
     theirs = apply_rotary_emb(q.transpose(1, 2), FluxPosEmbed(10_000, axes)(ids[0]), sequence_dim=1).transpose(1, 2)
     assert (ours - theirs).abs().max() <= 1e-6
+
+
+def test_the_angles_are_exact_far_from_the_origin():
+    """Against numpy in float64. With angles in float32 the error is 2e-4 here."""
+    positions = np.arange(4000, 4096)
+    angles = positions[:, None] * 10_000.0 ** (-np.arange(0, 56, 2) / 56)
+    for given in (torch.from_numpy(positions), torch.from_numpy(positions).float()):
+        table = fl.rope(given[None], 56, 10_000)[0]
+        assert np.abs(table[..., 0, 0].numpy() - np.cos(angles)).max() < 1e-7
+        assert np.abs(table[..., 1, 0].numpy() - np.sin(angles)).max() < 1e-7
+
+
+def test_places_may_stay_on_the_cpu():
+    """As they must for a device without float64; meta stands for such a device here."""
+    inputs = small_inputs()
+    there = {name: t if name.endswith("ids") else t.to("meta") for name, t in inputs.items()}
+    with fl.capture(model := fl.Flux(SMALL).to("meta"), "pe") as tape:
+        assert model(**there).is_meta
+    assert tape["pe"].is_meta
+
+
+def test_a_forward_can_be_traced_without_values():
+    from torch.func import vmap
+
+    model, inputs = randomise(fl.Flux(SMALL)), small_inputs(2)
+    each = {name: t[:, None] for name, t in inputs.items()}
+    with torch.no_grad():
+        mapped = vmap(lambda given: model(**given))(each)[:, 0]
+        assert (mapped - model(**inputs)).abs().max() < 1e-5
 
 
 def test_the_rotation_leaves_text_alone():

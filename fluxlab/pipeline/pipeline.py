@@ -148,6 +148,7 @@ class Pipeline:
         Raises:
             ValueError: guidance for a model without its embedder; a text encoder's output is not finite.
         """
+        prompts = as_list("prompt", prompts)
         guidance, batch, ids = self._guidance(guidance), len(prompts), ids_device(self.device)
         different = list(dict.fromkeys(prompts))  # each is encoded once
         txt, y = (encoded[[different.index(prompt) for prompt in prompts]] for encoded in self.text(different))
@@ -181,16 +182,18 @@ class Pipeline:
         """Move and cast every part, in place, with the arguments of a module's ``to``."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        for part in (self.model, self.autoencoder, self.text):
+        parts: tuple[torch.nn.Module, ...] = (self.model, self.autoencoder, self.text.t5, self.text.clip)
+        for part in parts:
             part.to(device=device, dtype=dtype)
-        self.device = self.device if device is None else device
+        self.device = self.text.device = self.device if device is None else device
         self.dtype = self.dtype if dtype is None else dtype
         return self
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())
-        name = type(self.model).__name__
-        return f"Pipeline({self.variant.name}: {name} of {parameters:,} parameters, {self.dtype}, on {self.device})"
+        return (
+            f"Pipeline({self.variant.name}: {parameters:,} parameters in the transformer, {self.dtype}, {self.device})"
+        )
 
     def _guidance(self, guidance: float | None) -> float | None:
         """What the model is given: the usual strength by default, nothing where it has no embedder."""

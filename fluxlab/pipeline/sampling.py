@@ -77,9 +77,7 @@ def denoise(
             away = model(**replace(negative, img=img.to(dtype), timesteps=timesteps).kwargs())
             velocity = away + true_cfg * (velocity - away)
         if velocity.shape != img.shape:
-            raise ValueError(
-                f"the model predicts {tuple(velocity.shape)}, and img, which it moves, is {tuple(img.shape)}"
-            )
+            raise ValueError(f"the model predicts {tuple(velocity.shape)}, and img to move is {tuple(img.shape)}")
         velocity = finite(velocity, f"what the model predicted at step {index}").to(img)
         img_next = img + (t_next - t) * velocity
         if callback is not None:

@@ -7,8 +7,7 @@ Axes: batch B, text tokens T, channels C.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +48,7 @@ class TextEncoders:
         clip_length: int,
         t5_tokenizer: str | Path | None = None,
         clip_tokenizer: str | Path | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> TextEncoders:
         """Load both from folders in the Hugging Face format, or from hub names. Only safetensors are read.
@@ -71,26 +70,15 @@ class TextEncoders:
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
-        with _no_progress_bar():
-            t5_model = _strictly(T5EncoderModel, t5, options)
-            clip_model = _strictly(CLIPTextModel, clip, options)
         return cls(
-            t5=t5_model.to(device).eval().requires_grad_(False),
+            t5=_strictly(T5EncoderModel, t5, options).to(device).eval().requires_grad_(False),
             t5_tokenizer=_tokenizer(T5Tokenizer, t5_tokenizer or t5),
             t5_length=t5_length,
-            clip=clip_model.to(device).eval().requires_grad_(False),
+            clip=_strictly(CLIPTextModel, clip, options).to(device).eval().requires_grad_(False),
             clip_tokenizer=_tokenizer(CLIPTokenizer, clip_tokenizer or clip),
             clip_length=clip_length,
-            device="cpu" if device is None else device,
+            device=device,
         )
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEncoders:
-        """Move and cast both encoders, in place."""
-        encoders: tuple[torch.nn.Module, ...] = (self.t5, self.clip)
-        for encoder in encoders:
-            encoder.to(device=device, dtype=dtype)
-        self.device = self.device if device is None else device
-        return self
 
     def tokenize(
         self, prompts: str | Sequence[str]
@@ -134,10 +122,17 @@ class TextEncoders:
 
 def _strictly(encoder: Any, source: str | Path, options: dict[str, Any]) -> Any:
     """What transformers loads, unless it would make up weights that the files lack, or leave some of theirs unread."""
+    from transformers.utils import logging
+
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         model, found = encoder.from_pretrained(str(source), output_loading_info=True, **options)
     except (SafetensorError, RuntimeError) as error:
         raise WeightsError(f"{source}: no {encoder.__name__} can be read from it ({error})") from error
+    finally:
+        if bar:
+            logging.enable_progress_bar()
     if missing := sorted(found["missing_keys"]):
         raise WeightsError(f"{source}: not a whole {encoder.__name__}: {len(missing)} missing: {listed(missing)}")
     if unexpected := sorted(name for name in found["unexpected_keys"] if not name.startswith(_REST_OF_CLIP)):
@@ -153,20 +148,6 @@ def _tokenizer(kind: Any, source: str | Path) -> Any:
         return kind.from_pretrained(str(source))
     except Exception as error:  # a spoilt vocabulary raises Exception itself
         raise WeightsError(f"{source}: no {kind.__name__} can be read from it ({error})") from error
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Whatever was set before is set again."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _tokenize(tokenizer: Any, prompts: Sequence[str], length: int, who: str) -> Int[Tensor, "batch tokens"]:

@@ -31,7 +31,8 @@ def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, side: int, side_ou
     """``function`` of square tiles of ``x``, each a quarter of its side over the next, where one fades into the other.
 
     The VAE's GroupNorms and its attention look at all of what they are given, so this is not what it makes of the
-    whole: DIFFERENCE.
+    whole. With flux-tiny, a picture of 512 pixels in tiles of 256 is off by 1 to 5 of 255 on average and by 46 to 142
+    at its worst place; one of 256 pixels in tiles of 64, by 4 to 13 and by 72 to 194.
 
     Args:
         function: what is done with each tile.

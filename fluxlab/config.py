@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import operator
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 EMBEDDING_DIM = 256  # numbers of the sinusoid that a time or a guidance becomes, in every model
@@ -34,6 +35,14 @@ def whole(name: str, value: Any, least: int = 1, most: int = 2**64 - 1) -> int:
     return number
 
 
+def _check_sizes(config: Any, *names: str, least: int = 1) -> None:
+    try:
+        for name in names:
+            whole(name, getattr(config, name), least)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 @dataclass(frozen=True)
 class FluxConfig:
     """Sizes of the transformer. The defaults are FLUX.1 [dev]'s."""
@@ -54,25 +63,16 @@ class FluxConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
-        for name in ("in_channels", "out_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("depth", "depth_single_blocks"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        for name in ("mlp_ratio", "theta"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
+        sizes = ("in_channels", "out_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads", "theta")
+        _check_sizes(self, *sizes)
+        _check_sizes(self, "depth", "depth_single_blocks", least=0)
+        if not 0 < self.mlp_ratio < inf:
+            raise ConfigError(f"mlp_ratio is {self.mlp_ratio}; it must be a finite number above 0")
         if self.hidden_size % self.num_heads:
-            raise ConfigError(
-                f"num_heads is {self.num_heads}, which does not divide hidden_size {self.hidden_size}; "
-                f"choose a number of heads that does"
-            )
-        if odd := [dim for dim in self.axes_dim if dim % 2 or dim < 2]:
-            raise ConfigError(
-                f"axes_dim is {self.axes_dim}; RoPE turns features in pairs, so each axis must be a positive even "
-                f"number, and {odd[0]} is not"
-            )
+            said = f"num_heads is {self.num_heads}, which does not divide hidden_size {self.hidden_size}"
+            raise ConfigError(f"{said}; choose a number of heads that does")
+        if any(dim < 2 or dim % 2 for dim in self.axes_dim):
+            raise ConfigError(f"axes_dim is {self.axes_dim}; RoPE turns features in pairs: give positive even numbers")
         if sum(self.axes_dim) != self.head_dim:
             raise ConfigError(
                 f"axes_dim is {self.axes_dim}, which sums to {sum(self.axes_dim)}; it must sum to the width of a "
@@ -109,15 +109,14 @@ class AutoEncoderConfig:
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
         if not self.ch_mult:
             raise ConfigError("ch_mult is empty; it must name the features of at least one resolution")
-        for name in ("in_channels", "ch", "out_ch", "num_res_blocks", "z_channels", "norm_groups"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        _check_sizes(self, "resolution", "in_channels", "ch", "out_ch", "num_res_blocks", "z_channels", "norm_groups")
+        if not 0 < self.scale_factor < inf or not -inf < self.shift_factor < inf:
+            factors = f"scale_factor is {self.scale_factor} and shift_factor {self.shift_factor}"
+            raise ConfigError(f"{factors}; both must be finite, and scale_factor above 0")
         for mult in (1, *self.ch_mult):
             if self.ch * mult % self.norm_groups:
-                raise ConfigError(
-                    f"norm_groups is {self.norm_groups}, which does not divide the {self.ch * mult} features of one "
-                    f"resolution (ch {self.ch} x {mult})"
-                )
+                features = f"the {self.ch * mult} features of one resolution (ch {self.ch} x {mult})"
+                raise ConfigError(f"norm_groups is {self.norm_groups}, which does not divide {features}")
 
 
 @dataclass(frozen=True)
@@ -170,10 +169,11 @@ _DEV = Variant(
 )
 
 
-def _relative(name: str, repo: str, file: str, in_channels: int = 64, **differences: Any) -> Variant:
+def _relative(title: str, in_channels: int = 64, **differences: Any) -> Variant:
     """A model that differs from dev in what its image tokens carry and in its defaults."""
-    transformer = replace(_DEV.transformer, in_channels=in_channels)
-    return replace(_DEV, name=name, transformer=transformer, repo=repo, transformer_file=file, **differences)
+    transformer, name = replace(_DEV.transformer, in_channels=in_channels), f"{title.lower()}-dev"
+    published = {"repo": f"black-forest-labs/FLUX.1-{title}-dev", "transformer_file": f"flux1-{name}.safetensors"}
+    return replace(_DEV, name=f"flux-{name}", transformer=transformer, **published, **differences)  # type: ignore[arg-type]
 
 
 _TINY_DEV = Variant(
@@ -227,41 +227,13 @@ VARIANTS: dict[str, Variant] = {
             repo="black-forest-labs/FLUX.1-schnell",
             transformer_file="flux1-schnell.safetensors",
         ),
-        _relative("flux-krea-dev", "black-forest-labs/FLUX.1-Krea-dev", "flux1-krea-dev.safetensors", guidance=4.5),
-        _relative(
-            "flux-kontext-dev",
-            "black-forest-labs/FLUX.1-Kontext-dev",
-            "flux1-kontext-dev.safetensors",
-            guidance=2.5,
-            num_steps=30,
-            pipeline="FluxKontextPipeline",
-        ),
+        _relative("Krea", guidance=4.5),
+        _relative("Kontext", guidance=2.5, num_steps=30, pipeline="FluxKontextPipeline"),
         # 384 = 64 noisy latent + 64 latent of the masked picture + 256 mask (8x8 pixels of each latent cell, 2x2 cells)
-        _relative(
-            "flux-fill-dev",
-            "black-forest-labs/FLUX.1-Fill-dev",
-            "flux1-fill-dev.safetensors",
-            384,
-            guidance=30.0,
-            pipeline="FluxFillPipeline",
-        ),
+        _relative("Fill", 384, guidance=30.0, pipeline="FluxFillPipeline"),
         # 128 = 64 noisy latent + 64 latent of the edge or depth picture
-        _relative(
-            "flux-canny-dev",
-            "black-forest-labs/FLUX.1-Canny-dev",
-            "flux1-canny-dev.safetensors",
-            128,
-            guidance=30.0,
-            pipeline="FluxControlPipeline",
-        ),
-        _relative(
-            "flux-depth-dev",
-            "black-forest-labs/FLUX.1-Depth-dev",
-            "flux1-depth-dev.safetensors",
-            128,
-            guidance=10.0,
-            pipeline="FluxControlPipeline",
-        ),
+        _relative("Canny", 128, guidance=30.0, pipeline="FluxControlPipeline"),
+        _relative("Depth", 128, guidance=10.0, pipeline="FluxControlPipeline"),
         _TINY_DEV,
         _schnell(_TINY_DEV, name="flux-tiny-schnell", transformer_file="flux-tiny/flux-tiny-schnell.safetensors"),
     )

@@ -4,102 +4,103 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-DTYPES = {  # safetensors' names
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+_OTHERS = {  # how a file begins that is not safetensors: what it is, and what to do
+    b"GGUF": "this is a GGUF file, and only safetensors are read here; fetch the safetensors file of the same model",
+    b"PK": "this is a zip archive, as PyTorch saves a pickle, which can run code and is never read; give safetensors",
+    b"\x80": "this is a pickle, which can run code and is never read; give safetensors",
+    b"version https://git-lfs": "git-lfs has left this pointer in the file's place; run `git lfs pull` in its folder",
+    b"<": "this is a web page, perhaps one that asks to log in or to accept a licence; do so, and fetch the file again",
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class WeightsError(ValueError):
     """A file that cannot be read, or that does not hold what it should."""
 
 
-class Entry(NamedTuple):
-    """What a file's header says of a tensor."""
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, or of shards, by name; each is read when it is asked for."""
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class Checkpoint:
-    """The tensors of a safetensors file, or of a folder of shards, by name; each is read when it is asked for."""
-
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """
+        Args:
+            path: of a file, of a folder with one file or with shards and their index, or of such an index.
+            dtype: what floating tensors are cast to when they are read; by default each keeps its own.
+
         Raises:
             WeightsError: no such path, a file of it is not whole safetensors, or a name is in two files.
         """
+        if dtype is not None and not dtype.is_floating_point:
+            raise WeightsError(f"dtype is {dtype}; give a floating dtype, such as torch.bfloat16")
         self.path = Path(path).expanduser()
         self._where: dict[str, safe_open] = {}
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, Tensor] = {}  # on the meta device: shapes and dtypes alone
         self.metadata: dict[str, str] = {}
         for file in map(_open, _shards(self.path)):
             self.metadata |= file.metadata() or {}
             for name in file.keys():  # noqa: SIM118 (a file handle, not a dict)
-                part = file.get_slice(name)
                 if name in self.entries:
                     raise WeightsError(f"{self.path}: {name} is in two files; remove the one of another checkpoint")
-                if part.get_dtype() not in DTYPES:
-                    raise WeightsError(f"{self.path}: {name} holds {part.get_dtype()}, which is not read here")
+                tensor = file.get_tensor(name)  # mapped: no values are read yet
                 self._where[name] = file
-                self.entries[name] = Entry(tuple(part.get_shape()), DTYPES[part.get_dtype()])
+                self.entries[name] = tensor.to("meta", dtype if tensor.is_floating_point() else None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._where[name].get_tensor(name)
+        """
+        Raises:
+            WeightsError: the dtype cannot hold a value, which would become infinite.
+        """
+        tensor, dtype = self._where[name].get_tensor(name), self.entries[name].dtype
+        cast = tensor.to(dtype)
+        narrower = dtype != tensor.dtype and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+        if narrower and cast.float().isfinite().sum() != tensor.float().isfinite().sum():
+            raise WeightsError(f"{self.path}: {name} has values that {dtype} cannot hold; take torch.bfloat16")
+        return cast
 
 
 def _shards(path: Path) -> list[Path]:
-    """The files a path stands for: itself, or in a folder those of the index, or the only one."""
-    if not path.is_dir():
-        return [path]
-    indices, files = sorted(path.glob("*.safetensors.index.json")), sorted(path.glob("*.safetensors"))
-    if len(indices) == 1:
+    """The files a path stands for: itself, those of an index, or in a folder those of its index or the only one."""
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+        if len(files) != 1:
+            said = f": {listed([file.name for file in files])}" if files else ""
+            raise WeightsError(f"{path}: this folder has {len(files)} checkpoints{said}; give the path of one file")
+        path = files[0]
+    if path.name.endswith(".index.json"):
         try:
-            return sorted({path / file for file in json.loads(indices[0].read_text())["weight_map"].values()})
+            return sorted({path.parent / file for file in read_json(path)["weight_map"].values()})
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise WeightsError(f"{indices[0]}: not an index of shards ({error!r})") from error
-    if len(files) != 1:
-        raise WeightsError(
-            f"{path}: this folder has {len(files)} safetensors files and {len(indices)} indices; name one file"
-        )
-    return files
+            raise WeightsError(f"{path}: not an index of shards ({error!r})") from error
+    return [path]
 
 
 def _open(path: Path) -> safe_open:
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
     try:
-        with path.open("rb") as file:
-            start = file.read(2)
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:
-        if start == b"PK" or start[:1] == b"\x80":  # a safetensors file can begin so too, by its header's length
-            raise WeightsError(
-                f"{path}: this is a pickle, which can run code and is never read; give safetensors"
-            ) from error
-        raise WeightsError(f"{path}: not a whole safetensors file ({error}); fetch or write it again") from error
+        with path.open("rb") as file:
+            start = file.read(64).lstrip()
+        whole = f"not a whole safetensors file: {path.stat().st_size:,} bytes ({error}); fetch or write it again"
+        said = next((said for magic, said in _OTHERS.items() if start.startswith(magic)), whole)
+        raise WeightsError(f"{path}: {said}") from error
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error}); look at its permissions") from error
 
@@ -110,8 +111,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: the file cannot be read.
     """
-    checkpoint = Checkpoint(path)
-    return {name: checkpoint[name] for name in checkpoint.entries}
+    return dict(Checkpoint(path))
 
 
 def describe_difference(wanted: Collection[str], found: Collection[str], most: int = 8) -> str:
@@ -127,8 +127,12 @@ def listed(words: list[str], most: int = 8) -> str:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside the real one: it takes the real one's place if all goes well, and is gone if not."""
-    path = Path(path)
+    """A temporary path beside the real one: it takes the real one's place if all goes well, and is gone if not.
+
+    Raises:
+        WeightsError: the folder is not there.
+    """
+    path = Path(path).expanduser()
     if not path.parent.is_dir():
         raise WeightsError(f"{path}: there is no folder {path.parent}; make it first")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -145,12 +149,11 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Map
     """
     if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise WeightsError(f"{empty[0]} is on the meta device and has no values to write")
-    entries = {name: Entry(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    stream_tensors(entries, ((name, tensor.detach().cpu()) for name, tensor in tensors.items()), path, metadata)
+    stream_tensors(tensors, ((name, tensor.detach().cpu()) for name, tensor in tensors.items()), path, metadata)
 
 
 def stream_tensors(
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, Tensor],
     tensors: Iterable[tuple[str, Tensor]],
     path: str | Path,
     metadata: Mapping[str, str] | None = None,
@@ -158,7 +161,7 @@ def stream_tensors(
     """Write a safetensors file one tensor at a time, so that the memory it takes is that of one tensor.
 
     Args:
-        entries: every tensor's shape and dtype, in the order of the file.
+        entries: every tensor's shape and dtype, in the order of the file; its values are not looked at.
         tensors: name and value, in the same order.
         path: of the file, which is written whole or not at all.
         metadata: words to go with them.
@@ -170,29 +173,28 @@ def stream_tensors(
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
-    for name, (shape, dtype) in entries.items():
-        if dtype not in _NAMES:
-            raise WeightsError(f"{name} is {dtype}, which is not written here")
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    for name, entry in entries.items():
+        start, end = end, end + entry.numel() * entry.itemsize
+        called = json.loads(save({"": torch.empty(0, dtype=entry.dtype)})[8:])[""]["dtype"]  # by safetensors itself
+        header[name] = {"dtype": called, "shape": list(entry.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, entry), (given, tensor) in zip(entries.items(), tensors, strict=True):
-            if (given, tuple(tensor.shape), tensor.dtype) != (name, *entry):
-                raise WeightsError(f"{given} is {tuple(tensor.shape)} {tensor.dtype}, where {name} {entry} was to come")
+            if (given, tensor.shape, tensor.dtype) != (name, entry.shape, entry.dtype):
+                raise WeightsError(f"{given} comes as {tensor.dtype} {list(tensor.shape)}, where {name} was to come")
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: str | Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
         WeightsError: there is no such file, or it holds something else.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: cannot be read as JSON ({error}); fetch or write it again") from error
     if not isinstance(found, dict):

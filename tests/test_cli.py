@@ -88,8 +88,16 @@ def test_explain_and_summary_print_what_the_library_says():
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("generate", ["Paint a prompt.", "Forwards of the model. [default: the variant's]", "[default: 0.7]"]),
-        ("export", ["Write ONNX graphs", "[default: make everything in exported/ again]"]),
+        (
+            "generate",
+            [
+                "Paint a prompt.",
+                "--negative-prompt <str>",
+                "Forwards of the model. [default: the variant's]",
+                "[default: 0.7]",
+            ],
+        ),
+        ("export", ["Write ONNX graphs", "[default: make all of exported/]"]),
         ("convert", ["Convert weights between", "[default: as it is]"]),
         ("train-tiny", ["Train flux-tiny:"]),
         ("explain", ["Say what a name stands for"]),
@@ -100,3 +108,51 @@ def test_every_command_has_help(command, said):
     result = run(command, "--help")
     assert result.exit_code == 0
     assert all(words in " ".join(result.output.split()) for words in said)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "a ring", "--output", "file/x.png"],
+        ["export", "--output", "file/exported"],
+        ["export", "flux-dev", "--output", "file/x.onnx"],
+        ["export", "flux-dev", "--output", "x.onnx", "--opset", "3"],
+        ["explain", "vecc"],
+        ["summary", "--variant", "flux-tny"],
+        ["convert", "flux-tiny-dev", "file/out"],
+        ["convert", "flux-tiny-dev", "out", "--to", "comfy"],
+        ["train-tiny", "--run", "file/run"],
+    ],
+)
+@pytest.mark.usefixtures("as_users_run_it")
+def test_what_goes_wrong_is_one_line_and_code_2(tmp_path, monkeypatch, arguments):
+    """A file stands where a folder should be, or nothing has such a name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert len(result.output.strip().splitlines()) == 1
+    assert result.output.startswith("fluxlab: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_export_without_the_data_folder_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLUXLAB_DATA", str(tmp_path / "nowhere"))
+    result = run("export", "--output", tmp_path / "exported")
+    assert result.exit_code == 2
+    assert result.output.startswith("fluxlab: no data/ folder at")
+    assert list((tmp_path / "exported").iterdir()) == []
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("export", "flux-dev", "--part", "single_block", "--output", "~/x.onnx").exit_code == 0
+    assert (tmp_path / "x.onnx").is_file()
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(fl, "explain", gone)
+    assert isinstance(run("explain", "vec").exception, BrokenPipeError)

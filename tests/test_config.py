@@ -7,16 +7,20 @@ import pytest
 import fluxlab as fl
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"axes_dim": (15, 57, 56)}, "axes_dim is .* each axis must be a positive even"),
+        ({"axes_dim": (15, 57, 56)}, "axes_dim is .* turns features in pairs: give positive even numbers"),
         ({"axes_dim": (16, 56, 58)}, r"sums to 130; it must sum to .* = 128"),
         ({"num_heads": 25}, "num_heads is 25, which does not divide hidden_size 3072"),
-        ({"hidden_size": 0}, "hidden_size is 0; it must be at least 1"),
-        ({"depth": -1}, "depth is -1; it must be at least 0"),
-        ({"mlp_ratio": -1.0}, "mlp_ratio is -1.0; it must be above 0"),
-        ({"theta": 0}, "theta is 0; it must be above 0"),
+        ({"hidden_size": 0}, "hidden_size is 0; it must be a whole number of at least 1"),
+        ({"depth": -1}, "depth is -1; it must be a whole number of at least 0"),
+        ({"mlp_ratio": -1.0}, "mlp_ratio is -1.0; it must be a finite number above 0"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio is nan; it must be a finite number above 0"),
+        ({"num_heads": 24.0}, "num_heads is 24.0; it must be a whole number"),
+        ({"depth": "19"}, "depth is '19'; it must be a whole number"),
+        ({"theta": 0}, "theta is 0; it must be a whole number of at least 1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes, message):
@@ -30,7 +34,13 @@ def test_groups_that_do_not_divide_the_features_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"ch": 0}, "ch is 0; it must be at least 1"), ({"ch_mult": ()}, "ch_mult is empty")]
+    ("changes", "message"),
+    [
+        ({"scale_factor": 0.0}, "scale_factor is 0.0 .* both must be finite, and scale_factor above 0"),
+        ({"shift_factor": float("nan")}, "shift_factor nan; both must be finite"),
+        ({"ch": 0}, "ch is 0; it must be a whole number of at least 1"),
+        ({"ch_mult": ()}, "ch_mult is empty"),
+    ],
 )
 def test_an_autoencoder_of_nothing_is_refused(changes, message):
     with pytest.raises(fl.ConfigError, match=message):
@@ -57,6 +67,11 @@ def test_the_variants_differ_where_the_published_models_do():
     """Model cards of FLUX.1 [dev], [schnell] and FLUX.1 Tools."""
     channels = {name: v.transformer.in_channels for name, v in fl.VARIANTS.items()}
     assert channels["flux-fill-dev"] == 384
+    assert {v.repo for v in fl.VARIANTS.values() if not v.embedded} == {
+        f"black-forest-labs/FLUX.1-{title}"
+        for title in ("dev", "schnell", "Krea-dev", "Kontext-dev", "Fill-dev", "Canny-dev", "Depth-dev")
+    }
+    assert fl.VARIANTS["flux-fill-dev"].transformer_file == "flux1-fill-dev.safetensors"
     assert channels["flux-canny-dev"] == channels["flux-depth-dev"] == 128
     dev, schnell = fl.VARIANTS["flux-dev"], fl.VARIANTS["flux-schnell"]
     assert (dev.t5_length, schnell.t5_length) == (512, 256)

@@ -14,7 +14,8 @@ import fluxlab as fl
 from fluxlab.files import Checkpoint, write_tensors
 from fluxlab.weights.convert import convert
 from fluxlab.weights.find import data_folder, find_files
-from tests.helpers import SMALL, linux, peak_anonymous_memory, randomise
+from fluxlab.weights.layouts import to_diffusers
+from tests.helpers import SMALL, linux, peak_anonymous_memory, randomise, small_inputs
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_a_checkpoint_that_differs_is_refused_with_what_differs_and_nothing_is_l
     tensors |= {"extra.weight": torch.zeros(1), "txt_in.bias": torch.zeros(3)}
     write_tensors(tensors, tmp_path / "other.safetensors")
     target = on_meta()
-    message = r"1 missing: img_in.bias; 1 unexpected: extra.weight; 1 misshaped: txt_in.bias is \[3\], not \[64\]"
+    message = r"1 missing: img_in.bias; 1 unexpected: extra.weight; 1 different: txt_in.bias is torch.float32 \[3\]"
     with pytest.raises(fl.WeightsError, match=message):
         fl.load_weights(target, tmp_path / "other.safetensors")
     assert all(p.is_meta for p in target.parameters())
@@ -84,13 +85,17 @@ def test_an_absent_file_is_refused(tmp_path):
 def test_a_file_cut_short_is_refused(checkpoint):
     _, path = checkpoint
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(fl.WeightsError, match="not a whole safetensors file"):
+    with pytest.raises(
+        fl.WeightsError, match=r"not a whole safetensors file: [\d,]+ bytes .*; fetch or write it again"
+    ):
         fl.load_weights(on_meta(), path)
 
 
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "empty.safetensors").touch()
-    with pytest.raises(fl.WeightsError, match="not a whole safetensors file"):
+    with pytest.raises(
+        fl.WeightsError, match=r"not a whole safetensors file: [\d,]+ bytes .*; fetch or write it again"
+    ):
         fl.load_weights(on_meta(), tmp_path / "empty.safetensors")
 
 
@@ -98,7 +103,7 @@ def test_an_empty_file_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
 def test_a_pickle_is_never_read(tmp_path, name, zipped):
     torch.save({"img_in.weight": torch.zeros(1)}, tmp_path / name, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(fl.WeightsError, match="this is a pickle, which can run code and is never read"):
+    with pytest.raises(fl.WeightsError, match="pickle, which can run code and is never read; give safetensors"):
         fl.load_weights(on_meta(), tmp_path / name)
 
 
@@ -196,12 +201,80 @@ def test_a_name_in_two_shards_is_refused(tmp_path):
         Checkpoint(tmp_path)
 
 
-def test_names_with_a_prefix_are_explained(checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    "prefix",
+    ["model.diffusion_model.", "diffusion_model.", "transformer.", "module.", "_orig_mod.", "_orig_mod.module."],
+)
+def test_names_with_a_prefix_are_explained(checkpoint, tmp_path, monkeypatch, prefix):
     model, _ = checkpoint
-    prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in model.state_dict().items()}
-    write_tensors(prefixed, tmp_path / "whole.safetensors")
-    with pytest.raises(fl.WeightsError, match=r"begin with 'model.diffusion_model.': save .* alone, without"):
-        fl.load_weights(on_meta(), tmp_path / "whole.safetensors")
+    tiny = fl.VARIANTS["flux-tiny-dev"]
+    monkeypatch.setitem(fl.VARIANTS, "flux-dev", replace(tiny, name="flux-dev", transformer=SMALL))
+    for tensors in (model.state_dict(), to_diffusers(model.state_dict(), SMALL)):
+        others = {"vae.encoder.conv_in.weight": torch.zeros(1)}  # as in a file of a whole model
+        write_tensors({prefix + name: tensor for name, tensor in tensors.items()} | others, tmp_path / "x.safetensors")
+        message = rf"looks like the transformer of flux-dev in .*\. Names begin with '{prefix}': save .* alone, without"
+        with pytest.raises(fl.WeightsError, match=message):
+            fl.load_weights(on_meta(), tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (b"GGUF\x03\0\0\0", "this is a GGUF file, and only safetensors are read here; fetch the safetensors"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git-lfs has left this pointer .*git lfs pull"),
+        (b"<!DOCTYPE html><html>", "this is a web page, perhaps one that asks to log in"),
+        (b"\n<html>", "this is a web page"),
+        (b"PK\x03\x04", "this is a zip archive, as PyTorch saves a pickle"),
+        (b"\x80\x02}q\x00", "this is a pickle"),
+    ],
+)
+def test_what_is_no_safetensors_file_is_named(tmp_path, start, message):
+    (tmp_path / "x.safetensors").write_bytes(start + bytes(100))
+    with pytest.raises(fl.WeightsError, match=message):
+        fl.load_weights(on_meta(), tmp_path / "x.safetensors")
+
+
+def test_several_dtypes_become_the_narrowest_that_holds_all(checkpoint):
+    """A forward takes one dtype; by default none of the file's values is changed."""
+    model, path = checkpoint
+    dtypes = {"img_in.weight": torch.bfloat16, "img_in.bias": torch.float16, "txt_in.bias": torch.float8_e4m3fn}
+    given = {name: tensor.to(dtypes.get(name, torch.bfloat16)) for name, tensor in model.state_dict().items()}
+    write_tensors(given, path)
+    loaded = fl.load_weights(on_meta(), path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert all(torch.equal(tensor, given[name].float()) for name, tensor in loaded.state_dict().items())
+    assert loaded(**small_inputs()).isfinite().all()
+    write_tensors(given | {"img_in.bias": given["img_in.bias"].bfloat16()}, path)
+    assert {p.dtype for p in fl.load_weights(on_meta(), path).parameters()} == {torch.bfloat16}
+
+
+def test_values_that_the_dtype_cannot_hold_are_refused(checkpoint):
+    model, path = checkpoint
+    write_tensors(model.state_dict() | {"img_in.bias": torch.full((64,), 7e4)}, path)
+    with pytest.raises(fl.WeightsError, match=r"img_in.bias has values that torch.float16 cannot hold; take torch.bf"):
+        fl.load_weights(on_meta(), path, dtype=torch.float16)
+    with pytest.raises(fl.WeightsError, match=r"dtype is torch.int8; give a floating dtype"):
+        fl.load_weights(on_meta(), path, dtype=torch.int8)
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model, inputs = fl.Flux(SMALL), fl.FluxInputs(**small_inputs())
+    with fl.capture(model, "img_in") as tape:
+        model(**inputs.kwargs())
+    tape.save("~/tape.safetensors")
+    inputs.save("~/inputs.safetensors")
+    fl.model_map().save("~/map.svg")
+    fl.export_onnx("flux-dev", "~/block.onnx", "single_block")
+    write_tensors(model.state_dict(), "~/model.safetensors")
+    assert len(list(tmp_path.iterdir())) == 5
+    assert fl.Tape.load("~/tape.safetensors").keys() == tape.keys()
+    assert torch.equal(fl.FluxInputs.load("~/inputs.safetensors").img, inputs.img)
+    assert fl.load_weights(on_meta(), "~/model.safetensors") is not None
+    (tmp_path / "data").symlink_to(data_folder())
+    monkeypatch.setenv("FLUXLAB_DATA", "~/data")
+    assert data_folder() == tmp_path / "data"
+    assert find_files(fl.variant("flux-tiny-dev")).transformer.is_file()
 
 
 @pytest.fixture
@@ -276,9 +349,12 @@ def test_a_config_that_is_no_json_is_refused(official):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("models/FLUX.1-dev", "not there .nor looked for on the hub, as models is a folder here.; give the folder"),
+        (
+            "models/FLUX.1-dev",
+            "neither a folder that exists nor a hub name .owner/name, where no folder owner is.; give the folder",
+        ),
         ("models/x.safetensors", "which is a file; give the folder"),
-        ("other/x.safetensors", "which is not there .*; give the folder"),
+        ("other/x.safetensors", "which is neither a folder .*; give the folder"),
         ("owner/FLUX.1-dev", r"no such folder, and from the hub it cannot be fetched \(offline\)"),
     ],
 )
@@ -305,7 +381,7 @@ def test_a_dtype_that_is_no_floating_dtype_of_torch_is_refused():
 def test_weights_that_are_not_floating_are_refused(checkpoint, dtype):
     model, path = checkpoint
     write_tensors(model.state_dict() | {"img_in.weight": torch.zeros(64, 64, dtype=dtype)}, path)
-    with pytest.raises(fl.WeightsError, match=f"1 not of a floating dtype: img_in.weight holds {dtype}"):
+    with pytest.raises(fl.WeightsError, match=f"1 different: img_in.weight is {dtype} .*, where floating"):
         fl.load_weights(on_meta(), path)
 
 
@@ -320,7 +396,7 @@ def test_eight_bit_floats_are_read(checkpoint):
 def test_an_empty_folder_is_refused(tmp_path):
     folder = tmp_path / "model.safetensors"
     folder.mkdir()
-    with pytest.raises(fl.WeightsError, match="this folder has 0 safetensors files and 0 indices; name one file"):
+    with pytest.raises(fl.WeightsError, match="this folder has 0 checkpoints; give the path of one file"):
         fl.load_weights(on_meta(), folder)
 
 

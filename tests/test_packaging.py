@@ -46,7 +46,20 @@ def test_importing_fluxlab_brings_in_no_heavy_library():
 
 def test_imports_run_one_way():
     """model knows nothing of weights, weights nothing of pipeline, and so on up."""
-    order = ["config", "glossary", "files", "model", "weights", "pipeline", "inspect", "onnx", "tiny", "course", "cli"]
+    order = [
+        "config",
+        "glossary",
+        "files",
+        "extras",
+        "model",
+        "weights",
+        "pipeline",
+        "inspect",
+        "onnx",
+        "tiny",
+        "course",
+        "cli",
+    ]
     for i, package in enumerate(order[:-1]):
         folder = ROOT / "fluxlab" / package
         for path in [folder.with_suffix(".py")] if folder.with_suffix(".py").exists() else folder.glob("*.py"):

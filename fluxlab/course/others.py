@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fluxlab.config import variant
+from fluxlab.extras import importing
 from fluxlab.inspect.tables import kinds_of, text_encoders
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux, build
@@ -62,7 +63,8 @@ def _kind(name: str, owner: nn.Module) -> str:
 
 
 def _llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    with importing():
+        from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
@@ -71,7 +73,8 @@ def _llama() -> nn.Module:
 
 
 def _unet(**options: Any) -> Any:
-    from diffusers import UNet2DConditionModel
+    with importing():
+        from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(**options)
 
@@ -92,7 +95,8 @@ def _sdxl() -> Any:
 
 
 def _sd3(layers: int, caption: int, positions: int, **options: Any) -> Any:
-    from diffusers import SD3Transformer2DModel
+    with importing():
+        from diffusers import SD3Transformer2DModel
 
     return SD3Transformer2DModel(
         sample_size=128,

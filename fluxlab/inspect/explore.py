@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fluxlab.extras import importing
 from fluxlab.inspect import plots
 from fluxlab.inspect.capture import Tape
 
@@ -42,8 +43,9 @@ def explore(tape: Tape, words: list[str] | None = None) -> Explorer:
     """
     if not tape:
         raise ValueError("tape is empty; run the model inside the with block of capture first")
-    import ipywidgets
-    from IPython.display import display
+    with importing():
+        import ipywidgets
+        from IPython.display import display
 
     blocks: dict[str, dict[str, str]] = {}  # names without their block's number; of each, the numbers there are
     for name in tape:

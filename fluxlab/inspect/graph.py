@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fluxlab.extras import importing
 from fluxlab.inspect.diagram import Diagram
 from fluxlab.pipeline.inputs import FluxInputs
 
@@ -24,8 +25,9 @@ def graph(module: nn.Module, inputs: FluxInputs | Mapping[str, Tensor] | Tensor)
     Raises:
         ValueError: the module is on the meta device, or needs no gradient.
     """
-    import pygraphviz
-    from torchviz import make_dot
+    with importing():
+        import pygraphviz
+        from torchviz import make_dot
 
     parameters = dict(module.named_parameters())
     if any(p.device.type == "meta" for p in parameters.values()):

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from fluxlab.config import EMBEDDING_DIM, variant
+from fluxlab.extras import importing
 from fluxlab.inspect.capture import Tape
 from fluxlab.inspect.table import Table
 from fluxlab.model.embeddings import timestep_embedding
@@ -44,8 +45,9 @@ _LOOK: dict[Any, Any] = {
 
 def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7.5, 4.0)) -> tuple[Figure, list[Axes]]:
     """An empty figure in the house's look, and its axes row by row; it is shown once, by whoever asked for it."""
-    from cycler import cycler
-    from matplotlib import pyplot, rc_context
+    with importing():
+        from cycler import cycler
+        from matplotlib import pyplot, rc_context
 
     with rc_context(_LOOK | {"axes.prop_cycle": cycler(color=COLOURS)}):
         made = pyplot.figure(figsize=size, layout="constrained")

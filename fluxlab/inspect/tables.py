@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxlab.config import FluxConfig, Variant, variant
+from fluxlab.extras import importing
 from fluxlab.glossary import named
 from fluxlab.inspect.table import Table
 from fluxlab.model.autoencoder import AutoEncoder
@@ -41,7 +42,8 @@ def summary(
         ConfigError: no such variant.
         ValueError: a module without inputs.
     """
-    import torchinfo
+    with importing():
+        import torchinfo
 
     if isinstance(model, str):
         inputs = inputs or example_inputs(model, device="meta")
@@ -242,7 +244,8 @@ def _weights(chosen: Variant) -> Iterator[tuple[str, int]]:
 
 def text_encoders(chosen: Variant) -> tuple[Any, Any]:
     """The two text encoders without weights, from their configs: in data/, or as published."""
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+    with importing():
+        from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     from fluxlab.weights.find import data_folder
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxlab.config import Variant, variant
+from fluxlab.extras import importing
 from fluxlab.files import describe_difference, replacing
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import build
@@ -79,7 +80,7 @@ def export_onnx(
             raise ValueError(f"{said} is {given!r}; it is one of {', '.join(known)}")
     if not 17 <= opset <= 24:
         raise ValueError(f"opset is {opset}; 17 to 24 are written, 23 by default")
-    target = Path(path)
+    target = Path(path).expanduser()
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target}: there is no folder {target.parent}")
     if part in ("t5", "clip"):
@@ -95,7 +96,8 @@ def export_onnx(
     if weights is not False:
         numbers = _numbers(chosen, part, source) if weights is True else _fitting(weights, model)
     if flat:
-        from onnx import inliner
+        with importing():
+            from onnx import inliner
 
         model = inliner.inline_local_functions(model)
     _write(model, numbers, _TORCH[dtype], target)
@@ -103,10 +105,11 @@ def export_onnx(
 
 
 def _structure(chosen: Variant, part: Part, source: str | Path | None, dtype: str, opset: int) -> Any:
-    from onnx import TensorProto
+    with importing():
+        from onnx import TensorProto
 
-    from fluxlab.onnx.autoencoder import autoencoder_graph
-    from fluxlab.onnx.transformer import block_graph, transformer_graph
+        from fluxlab.onnx.autoencoder import autoencoder_graph
+        from fluxlab.onnx.transformer import block_graph, transformer_graph
 
     kind = getattr(TensorProto, {"float32": "FLOAT"}.get(dtype, dtype.upper()))
     if part in ("encoder", "decoder"):
@@ -174,6 +177,8 @@ def _write_text_encoder(
     chosen: Variant, part: Part, source: str | Path | None, dtype: torch.dtype, opset: int, target: Path
 ) -> None:
     """Traced by PyTorch's own exporter: the classes are transformers', and so are the names inside."""
+    with importing():
+        import onnxscript  # noqa: F401 (the exporter's own)
     files = find_files(chosen, source)
     text = TextEncoders.load(
         files.t5, files.clip, chosen.t5_length, chosen.clip_length, files.t5_tokenizer, files.clip_tokenizer

@@ -7,6 +7,7 @@ Axes: batch B, text tokens T, channels C.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor
 
-from fluxlab.files import WeightsError, listed
+from fluxlab.extras import importing
+from fluxlab.files import WeightsError
 from fluxlab.pipeline.checks import as_list, finite, warn
+from fluxlab.weights.load import load_encoder
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
-
-# of a whole CLIP, whose text model alone is used
-_REST_OF_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale", "text_model.embeddings.posi")
 
 
 @dataclass(eq=False, repr=False)
@@ -67,14 +66,14 @@ class TextEncoders:
             OSError: neither a folder nor a hub name that can be reached.
             WeightsError: the weights are not whole, or not those of such an encoder.
         """
-        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+        with importing():
+            from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-        options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
         return cls(
-            t5=_strictly(T5EncoderModel, t5, options).to(device).eval().requires_grad_(False),
+            t5=_quietly(T5EncoderModel, t5, dtype).to(device).eval().requires_grad_(False),
             t5_tokenizer=_tokenizer(T5Tokenizer, t5_tokenizer or t5),
             t5_length=t5_length,
-            clip=_strictly(CLIPTextModel, clip, options).to(device).eval().requires_grad_(False),
+            clip=_quietly(CLIPTextModel, clip, dtype).to(device).eval().requires_grad_(False),
             clip_tokenizer=_tokenizer(CLIPTokenizer, clip_tokenizer or clip),
             clip_length=clip_length,
             device=device,
@@ -120,32 +119,22 @@ class TextEncoders:
         return f"TextEncoders(T5: {self.t5_length} tokens, CLIP: {self.clip_length} tokens, on {self.device})"
 
 
-def _strictly(encoder: Any, source: str | Path, options: dict[str, Any]) -> Any:
-    """What transformers loads, unless it would make up weights that the files lack, or leave some of theirs unread."""
+def _quietly(encoder: Any, source: str | Path, dtype: torch.dtype) -> Any:
+    """Without transformers' progress bar; whatever was set before is set again."""
     from transformers.utils import logging
 
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, found = encoder.from_pretrained(str(source), output_loading_info=True, **options)
-    except (SafetensorError, RuntimeError) as error:
-        raise WeightsError(f"{source}: no {encoder.__name__} can be read from it ({error})") from error
+        return load_encoder(encoder, source, dtype)
     finally:
         if bar:
             logging.enable_progress_bar()
-    if missing := sorted(found["missing_keys"]):
-        raise WeightsError(f"{source}: not a whole {encoder.__name__}: {len(missing)} missing: {listed(missing)}")
-    if unexpected := sorted(name for name in found["unexpected_keys"] if not name.startswith(_REST_OF_CLIP)):
-        raise WeightsError(
-            f"{source}: not a plain {encoder.__name__}: {len(unexpected)} unexpected: {listed(unexpected)}; weights "
-            f"with scales beside them are quantized, and wrong without: give float32, bfloat16 or float16"
-        )
-    return model
 
 
 def _tokenizer(kind: Any, source: str | Path) -> Any:
     try:
-        return kind.from_pretrained(str(source))
+        return kind.from_pretrained(os.path.expanduser(source))
     except Exception as error:  # a spoilt vocabulary raises Exception itself
         raise WeightsError(f"{source}: no {kind.__name__} can be read from it ({error})") from error
 

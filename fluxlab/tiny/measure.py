@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from fluxlab.extras import importing
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.tiny.world import BACKGROUNDS, COLOURS, PLACES, SHAPES, Scene, random_scene, shape_coverage
 
@@ -34,7 +35,8 @@ class Patch:
 
 def look(pixels: NDArray[np.uint8]) -> tuple[str, list[Patch]]:
     """The background's name and the patches on it, largest first; specks below 0.6 % of the picture do not count."""
-    from scipy import ndimage
+    with importing():
+        from scipy import ndimage
 
     height, width, _ = pixels.shape
     colours = pixels.astype(float)

@@ -16,6 +16,7 @@ import numpy as np
 from torch import nn
 
 from fluxlab.config import VARIANTS
+from fluxlab.extras import importing
 from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.world import random_scene
 
@@ -76,7 +77,9 @@ def _train_t5(corpus: list[str], folder: Path) -> None:
 def _train_clip(corpus: list[str], folder: Path) -> None:
     """Every byte is a token, alone and at the end of a word, so any prompt tokenizes; merges make words of them."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
+
+    with importing():
+        from transformers import CLIPTokenizer
 
     raw = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
     raw.normalizer = CLIPTokenizer().backend_tokenizer.normalizer
@@ -99,7 +102,8 @@ def _train_clip(corpus: list[str], folder: Path) -> None:
 
 def new_text_encoders(run: Path) -> TextEncoders:
     """Small encoders of random weights, with the tokenizers in ``run``."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+    with importing():
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
     t5_tokenizer = T5Tokenizer.from_pretrained(str(run / "t5"))
     clip_tokenizer = CLIPTokenizer.from_pretrained(str(run / "clip"))

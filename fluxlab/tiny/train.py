@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from fluxlab.extras import importing
 from fluxlab.files import WeightsError, write_tensors, write_text
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
@@ -60,7 +61,12 @@ def train(run: Path, recipe: Recipe | None = None, output: Path | None = None, e
         WeightsError: ``earlier`` is not the folder of a flux-tiny.
         ValueError: ``run`` was begun with another recipe, or from another ``earlier``.
         OSError: a folder cannot be made.
+        ImportError: there is an ``output``, and scipy is not installed, with which it is measured.
     """
+    run, output, earlier = run.expanduser(), output and output.expanduser(), earlier and earlier.expanduser()
+    if output is not None:
+        with importing():  # what is written is measured at the very end: what that needs is asked for now
+            import scipy  # noqa: F401
     recipe = recipe or Recipe()
     began = earlier is not None and _fingerprint(earlier)
     for folder in [run] if output is None else [run, output / "training"]:

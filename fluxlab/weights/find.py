@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fluxlab.config import Variant
 from fluxlab.files import WeightsError, read_json
+from fluxlab.weights.layouts import Layout
 
 _T5_TOKENIZER = (("tokenizer.json",), ("spiece.model",))  # either will do
 _CLIP_TOKENIZER = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -24,34 +25,6 @@ class Files:
     clip: Path
     clip_tokenizer: Path
 
-    def check(self, variant: Variant) -> None:
-        """
-        Raises:
-            WeightsError: a part is not there, the message lists all that are missing; or a text encoder is not as
-                wide as the transformer takes it.
-        """
-        if missing := [f"{part} ({path})" for part, path in vars(self).items() if not path.exists()]:
-            folder = self.transformer.parent
-            hint = "give the folder that holds the model's files"
-            if (folder / "transformer").is_dir():
-                hint = f"{folder} is in diffusers' layout, which `fluxlab convert --to official` brings to this one"
-            raise WeightsError(f"not found: {', '.join(missing)}; {hint}")
-        for folder, ways in ((self.t5_tokenizer, _T5_TOKENIZER), (self.clip_tokenizer, _CLIP_TOKENIZER)):
-            if not any(all((folder / name).is_file() for name in names) for names in ways):
-                said = " nor ".join(" and ".join(names) for names in ways)
-                raise WeightsError(f"{folder}: has neither {said}; fetch the tokenizer's files again")
-        config = variant.transformer
-        for folder, key, width in (
-            (self.t5, "d_model", config.context_in_dim),
-            (self.clip, "hidden_size", config.vec_in_dim),
-        ):
-            told = read_json(folder / "config.json")
-            if (found := told.get("text_config", told).get(key)) != width:  # CLIP's may tell of both its towers
-                raise WeightsError(
-                    f"{folder}: {key} is {found} in its config.json, and {variant.name} takes {width}; is it another "
-                    f"encoder's folder?"
-                )
-
 
 def data_folder() -> Path:
     """The folder data/: where the environment variable FLUXLAB_DATA points, or beside the package in a checkout.
@@ -60,7 +33,7 @@ def data_folder() -> Path:
         WeightsError: it is in neither place.
     """
     named = os.environ.get("FLUXLAB_DATA")
-    folder = Path(named) if named else Path(__file__).resolve().parents[2] / "data"
+    folder = Path(named).expanduser() if named else Path(__file__).resolve().parents[2] / "data"
     if not folder.is_dir():
         raise WeightsError(
             f"no data/ folder at {folder}; flux-tiny's weights come with the repository: clone it, and set "
@@ -69,8 +42,8 @@ def data_folder() -> Path:
     return folder
 
 
-def find_files(variant: Variant, source: str | Path | None = None) -> Files:
-    """The files of a variant.
+def find_files(variant: Variant, source: str | Path | None = None, layout: Layout = "official") -> Files:
+    """The files of a variant, and whether its text encoders are as wide as the transformer takes them.
 
     Args:
         variant: which model.
@@ -78,9 +51,10 @@ def find_files(variant: Variant, source: str | Path | None = None) -> Files:
             (``flux1-dev.safetensors``, ``ae.safetensors``, ``text_encoder``, ``text_encoder_2``, ``tokenizer``,
             ``tokenizer_2``), or the name of such a repository on the Hugging Face hub (``owner/name``), from which
             what is not in the local cache is downloaded.
+        layout: of the source; diffusers' has ``transformer`` and ``vae``, which are folders too.
 
     Raises:
-        WeightsError: no source where one is needed, or a part is missing.
+        WeightsError: no source where one is needed, a part is missing, or a text encoder is another model's.
     """
     if source is None and variant.embedded:
         data = data_folder()
@@ -93,37 +67,45 @@ def find_files(variant: Variant, source: str | Path | None = None) -> Files:
             f"{variant.repo!r} to download them from. For shapes alone, build({variant.name!r}, device='meta')"
         )
     else:
+        weights = [Path(name).name for name in (variant.transformer_file, variant.autoencoder_file)]
+        parts = weights if layout == "official" else ["transformer", "vae"]
+        parts += ["text_encoder_2", "tokenizer_2", "text_encoder", "tokenizer"]
         folder = Path(source).expanduser()
-        if not folder.is_dir():
-            folder = _download(str(source), variant)
-        files = Files(
-            transformer=folder / Path(variant.transformer_file).name,
-            autoencoder=folder / Path(variant.autoencoder_file).name,
-            t5=folder / "text_encoder_2",
-            t5_tokenizer=folder / "tokenizer_2",
-            clip=folder / "text_encoder",
-            clip_tokenizer=folder / "tokenizer",
-        )
-    files.check(variant)
+        folder = folder if folder.is_dir() else _download(str(source), parts)
+        files = Files(*(folder / part for part in parts))
+    _check(files, variant)
     return files
 
 
-def _download(source: str, variant: Variant) -> Path:
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise WeightsError(f"source is {source!r}, which is neither a folder that exists nor a hub name (owner/name)")
+def _check(files: Files, variant: Variant) -> None:
+    if missing := [f"{part} ({path})" for part, path in vars(files).items() if not path.exists()]:
+        folder = files.transformer.parent
+        hint = "give the folder that holds the model's files"
+        if (folder / "transformer").is_dir() and folder / "transformer" != files.transformer:
+            hint = f"{folder} is in diffusers' layout, which `fluxlab convert --to official` brings to this one"
+        raise WeightsError(f"not found: {', '.join(missing)}; {hint}")
+    for folder, ways in ((files.t5_tokenizer, _T5_TOKENIZER), (files.clip_tokenizer, _CLIP_TOKENIZER)):
+        if not any(all((folder / name).is_file() for name in names) for names in ways):
+            said = " nor ".join(" and ".join(names) for names in ways)
+            raise WeightsError(f"{folder}: has neither {said}; fetch the tokenizer's files again")
+    wide = variant.transformer.context_in_dim, variant.transformer.vec_in_dim
+    for folder, key, width in zip((files.t5, files.clip), ("d_model", "hidden_size"), wide, strict=True):
+        told = read_json(folder / "config.json")
+        if (found := told.get("text_config", told).get(key)) != width:  # CLIP's may tell of both its towers
+            said = f"{key} is {found} in its config.json, and {variant.name} takes {width}"
+            raise WeightsError(f"{folder}: {said}; is it another encoder's folder?")
+
+
+def _download(source: str, parts: list[str]) -> Path:
     here = Path(source)
-    if here.exists() or here.suffix == ".safetensors" or here.parent.is_dir():
-        what = (
-            "a file" if here.exists() else f"not there (nor looked for on the hub, as {here.parent} is a folder here)"
-        )
+    if source.count("/") != 1 or source[0] in "./~" or here.suffix == ".safetensors" or here.parent.is_dir():
+        neither = "neither a folder that exists nor a hub name (owner/name, where no folder owner is)"
+        what = "a file" if here.is_file() else neither
         raise WeightsError(f"source is {source!r}, which is {what}; give the folder that holds all parts of the model")
     from huggingface_hub import snapshot_download
 
-    parts = ["text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*"]
-    patterns = [variant.transformer_file, variant.autoencoder_file, *parts]
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
+        return Path(snapshot_download(source, allow_patterns=[p for part in parts for p in (part, f"{part}/*")]))
     except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"source is {source!r}: there is no such folder, and from the hub it cannot be fetched ({error})"
-        ) from error
+        said = f"there is no such folder, and from the hub it cannot be fetched ({error})"
+        raise WeightsError(f"source is {source!r}: {said}") from error

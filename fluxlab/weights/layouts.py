@@ -6,15 +6,66 @@ layer's modulation, and keeps the VAE's attention as Linears where the official 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from fluxlab.config import AutoEncoderConfig, FluxConfig
+from fluxlab.config import VARIANTS, AutoEncoderConfig, FluxConfig
+from fluxlab.model.autoencoder import AutoEncoder
+from fluxlab.model.transformer import Flux
 
 Config = FluxConfig | AutoEncoderConfig
+Layout = Literal["official", "diffusers"]
+Shapes = Mapping[str, tuple[int, ...]]
+
+_TRANSFORMER = (  # official, diffusers; regular expressions, from top to bottom; in braces, what one is split into
+    ("img_in.", "x_embedder."),
+    ("txt_in.", "context_embedder."),
+    ("time_in.", "time_text_embed.timestep_embedder."),
+    ("guidance_in.", "time_text_embed.guidance_embedder."),
+    ("vector_in.", "time_text_embed.text_embedder."),
+    (".in_layer.", ".linear_1."),
+    (".out_layer.", ".linear_2."),
+    ("double_blocks.", "transformer_blocks."),
+    (".img_mod.lin.", ".norm1.linear."),
+    (".txt_mod.lin.", ".norm1_context.linear."),
+    (".img_attn.qkv.", ".attn.{to_q,to_k,to_v}."),
+    (".txt_attn.qkv.", ".attn.{add_q_proj,add_k_proj,add_v_proj}."),
+    (r".img_attn.norm.(q|k)\w+.scale", r".attn.norm_\1.weight"),
+    (r".txt_attn.norm.(q|k)\w+.scale", r".attn.norm_added_\1.weight"),
+    (".img_attn.proj.", ".attn.to_out.0."),
+    (".txt_attn.proj.", ".attn.to_add_out."),
+    (".img_mlp.0.", ".ff.net.0.proj."),
+    (".img_mlp.2.", ".ff.net.2."),
+    (".txt_mlp.0.", ".ff_context.net.0.proj."),
+    (".txt_mlp.2.", ".ff_context.net.2."),
+    ("single_blocks.", "single_transformer_blocks."),
+    (".modulation.lin.", ".norm.linear."),
+    (".linear1.", ".{attn.to_q,attn.to_k,attn.to_v,proj_mlp}."),
+    (r".norm.(q|k)\w+_norm.scale", r".attn.norm_\1.weight"),
+    (".linear2.", ".proj_out."),
+    ("final_layer.linear.", "proj_out."),
+    ("final_layer.adaLN_modulation.1.", "norm_out.linear."),
+)
+_AUTOENCODER = (
+    (".mid.block_1.", ".mid_block.resnets.0."),
+    (".mid.block_2.", ".mid_block.resnets.1."),
+    (".mid.attn_1.norm.", ".mid_block.attentions.0.group_norm."),
+    (".mid.attn_1.proj_out.", ".mid_block.attentions.0.to_out.0."),
+    (".mid.attn_1.", ".mid_block.attentions.0.to_"),
+    (".down.", ".down_blocks."),
+    (".up.", ".up_blocks."),
+    (".block.", ".resnets."),
+    (".downsample.", ".downsamplers.0."),
+    (".upsample.", ".upsamplers.0."),
+    (".nin_shortcut.", ".conv_shortcut."),
+    (".norm_out.", ".conv_norm_out."),
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +82,7 @@ class Rule:
         """Official to diffusers."""
         if self.swapped:
             tensor = torch.cat(tensor.chunk(2)[::-1])
-        if self.squeezed and tensor.ndim == 4:
+        if self.squeezed:
             tensor = tensor.flatten(1)
         parts = tensor.split(self.rows) if self.rows else (tensor,)
         return dict(zip(self.diffusers, parts, strict=True))
@@ -41,14 +92,29 @@ class Rule:
         tensor = torch.cat([tensors[name] for name in self.diffusers]) if self.rows else tensors[self.diffusers[0]]
         if self.swapped:
             tensor = torch.cat(tensor.chunk(2)[::-1])
-        if self.squeezed and tensor.ndim == 2:
+        if self.squeezed:
             tensor = tensor[:, :, None, None]
         return tensor
 
 
-def rules(config: Config) -> Iterator[Rule]:
+@cache
+def rules(config: Config) -> tuple[Rule, ...]:
     """One rule for each tensor of the official checkpoint."""
-    return _flux_rules(config) if isinstance(config, FluxConfig) else _autoencoder_rules(config)
+    return tuple(_rule(name, shape, config) for name, shape in shapes(config).items())
+
+
+def _rule(official: str, shape: tuple[int, ...], config: Config) -> Rule:
+    name = official
+    for ours, theirs in _TRANSFORMER if isinstance(config, FluxConfig) else _AUTOENCODER:
+        name = re.sub(ours.replace(".", r"\."), theirs, name)
+    if isinstance(config, AutoEncoderConfig):
+        top = len(config.ch_mult) - 1  # the official way up is counted from full resolution, diffusers' from below
+        name = re.sub(r"(?<=up_blocks\.)\d+", lambda level: str(top - int(level[0])), name)
+        return Rule(official, (name,), squeezed=".attentions." in name and len(shape) == 4)
+    before, *inside, after = re.split("[{}]", name) if "{" in name else (name, "", "")
+    names = tuple(f"{before}{part}{after}" for part in inside[0].split(","))
+    rows = (*(config.hidden_size,) * 3, config.mlp_hidden_dim)[: len(names)] if len(names) > 1 else ()
+    return Rule(official, names, rows, swapped="adaLN" in official)
 
 
 def to_diffusers(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -61,79 +127,20 @@ def from_diffusers(tensors: Mapping[str, Tensor], config: Config) -> dict[str, T
     return {rule.official: rule.join(tensors) for rule in rules(config)}
 
 
-def _linear(official: str, *names: str, rows: tuple[int, ...] = (), bias: bool = True, **kind: bool) -> Iterator[Rule]:
-    for leaf in ("weight", "bias") if bias else ("weight",):
-        yield Rule(f"{official}.{leaf}", tuple(f"{name}.{leaf}" for name in names), rows, **kind)
+@cache
+def shapes(config: Config, layout: Layout = "official") -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a checkpoint."""
+    with torch.device("meta"):
+        tensors = (Flux(config) if isinstance(config, FluxConfig) else AutoEncoder(config)).state_dict()
+    tensors = tensors if layout == "official" else to_diffusers(tensors, config)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _flux_rules(c: FluxConfig) -> Iterator[Rule]:
-    yield from _linear("img_in", "x_embedder")
-    yield from _linear("txt_in", "context_embedder")
-    embedders = {"time_in": "timestep_embedder", "vector_in": "text_embedder"}
-    if c.guidance_embed:
-        embedders["guidance_in"] = "guidance_embedder"
-    for ours, theirs in embedders.items():
-        yield from _linear(f"{ours}.in_layer", f"time_text_embed.{theirs}.linear_1")
-        yield from _linear(f"{ours}.out_layer", f"time_text_embed.{theirs}.linear_2")
-
-    qkv = (c.hidden_size,) * 3
-    streams = (  # stream; qkv; projection; norms; modulation; MLP
-        ("img", ("to_q", "to_k", "to_v"), "to_out.0", "norm", "norm1", "ff"),
-        ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "norm_added", "norm1_context", "ff_context"),
-    )
-    for n in range(c.depth):
-        a, b = f"double_blocks.{n}", f"transformer_blocks.{n}"
-        for stream, projections, out, norm, modulation, mlp in streams:
-            yield from _linear(f"{a}.{stream}_mod.lin", f"{b}.{modulation}.linear")
-            names = (f"{b}.attn.{name}" for name in projections)
-            yield from _linear(f"{a}.{stream}_attn.qkv", *names, rows=qkv, bias=c.qkv_bias)
-            yield Rule(f"{a}.{stream}_attn.norm.query_norm.scale", (f"{b}.attn.{norm}_q.weight",))
-            yield Rule(f"{a}.{stream}_attn.norm.key_norm.scale", (f"{b}.attn.{norm}_k.weight",))
-            yield from _linear(f"{a}.{stream}_attn.proj", f"{b}.attn.{out}")
-            yield from _linear(f"{a}.{stream}_mlp.0", f"{b}.{mlp}.net.0.proj")
-            yield from _linear(f"{a}.{stream}_mlp.2", f"{b}.{mlp}.net.2")
-    for n in range(c.depth_single_blocks):
-        a, b = f"single_blocks.{n}", f"single_transformer_blocks.{n}"
-        yield from _linear(f"{a}.modulation.lin", f"{b}.norm.linear")
-        names = (f"{b}.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
-        yield from _linear(f"{a}.linear1", *names, rows=(*qkv, c.mlp_hidden_dim))
-        yield Rule(f"{a}.norm.query_norm.scale", (f"{b}.attn.norm_q.weight",))
-        yield Rule(f"{a}.norm.key_norm.scale", (f"{b}.attn.norm_k.weight",))
-        yield from _linear(f"{a}.linear2", f"{b}.proj_out")
-
-    yield from _linear("final_layer.linear", "proj_out")
-    yield from _linear("final_layer.adaLN_modulation.1", "norm_out.linear", swapped=True)
-
-
-def _autoencoder_rules(c: AutoEncoderConfig) -> Iterator[Rule]:
-    levels = len(c.ch_mult)
-    widths = [c.ch * mult for mult in c.ch_mult]
-
-    def resnet(ours: str, theirs: str, changes_width: bool) -> Iterator[Rule]:
-        for name in ("norm1", "conv1", "norm2", "conv2"):
-            yield from _linear(f"{ours}.{name}", f"{theirs}.{name}")
-        if changes_width:
-            yield from _linear(f"{ours}.nin_shortcut", f"{theirs}.conv_shortcut")
-
-    for half in ("encoder", "decoder"):
-        for ours, theirs in (("conv_in", "conv_in"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out")):
-            yield from _linear(f"{half}.{ours}", f"{half}.{theirs}")
-        yield from resnet(f"{half}.mid.block_1", f"{half}.mid_block.resnets.0", False)
-        yield from resnet(f"{half}.mid.block_2", f"{half}.mid_block.resnets.1", False)
-        attention = f"{half}.mid_block.attentions.0"
-        yield from _linear(f"{half}.mid.attn_1.norm", f"{attention}.group_norm")
-        for ours, theirs in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
-            yield from _linear(f"{half}.mid.attn_1.{ours}", f"{attention}.{theirs}", squeezed=True)
-    for i in range(levels):
-        before = c.ch if i == 0 else widths[i - 1]
-        for j in range(c.num_res_blocks):
-            changes = j == 0 and before != widths[i]
-            yield from resnet(f"encoder.down.{i}.block.{j}", f"encoder.down_blocks.{i}.resnets.{j}", changes)
-        if i < levels - 1:
-            yield from _linear(f"encoder.down.{i}.downsample.conv", f"encoder.down_blocks.{i}.downsamplers.0.conv")
-        above, there = widths[min(i + 1, levels - 1)], f"decoder.up_blocks.{levels - 1 - i}"  # counted from below
-        for j in range(c.num_res_blocks + 1):
-            changes = j == 0 and above != widths[i]
-            yield from resnet(f"decoder.up.{i}.block.{j}", f"{there}.resnets.{j}", changes)
-        if i > 0:
-            yield from _linear(f"decoder.up.{i}.upsample.conv", f"{there}.upsamplers.0.conv")
+def looks_like(found: Shapes) -> str:
+    """Which part of which variants, in which layout, has exactly these tensors; empty where none has."""
+    for layout in get_args(Layout):
+        for part in ("transformer", "autoencoder"):
+            if names := [name for name, known in VARIANTS.items() if shapes(getattr(known, part), layout) == found]:
+                way = "; `fluxlab convert` brings it to the other" if layout == "diffusers" else ""
+                return f"the {part} of {' or '.join(names)} in the {layout} layout{way}"
+    return ""

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import re
 from dataclasses import replace
-from functools import cache
+from functools import reduce
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from fluxlab.config import VARIANTS, AutoEncoderConfig, FluxConfig, Variant
+from fluxlab.config import AutoEncoderConfig, Variant
 from fluxlab.files import Checkpoint, WeightsError, describe_difference, listed, read_json
-from fluxlab.model.autoencoder import AutoEncoder
-from fluxlab.model.transformer import Flux
-from fluxlab.weights.layouts import Config, to_diffusers
+from fluxlab.weights.layouts import Shapes, looks_like
 
 Module = TypeVar("Module", bound=nn.Module)
-Shapes = Mapping[str, tuple[int, ...]]
-_WHOLE = "model.diffusion_model."  # what other programs put before a transformer's names
+_PREFIX = re.compile(r"((model|diffusion_model|transformer|module|_orig_mod|first_stage_model|vae)\.)+")
+_LARGER = re.compile(r"(decoder|lm_head|vision_model|visual_projection|text_projection|logit_scale)\b|.*position_ids$")
 
 
 def load_weights(
@@ -33,17 +33,22 @@ def load_weights(
 
     Args:
         module: its ``state_dict`` says which names and shapes the file must have.
-        path: of the file or folder.
+        path: of the file, of the folder, or of an index of shards.
         device: where the weights go.
-        dtype: what they are cast to; by default, what the file holds.
+        dtype: what they are cast to. By default what the file holds; where it holds several, since a forward takes
+            one, the narrowest that holds the values of all: float32 for bfloat16 and float32.
 
     Raises:
         WeightsError: the file is not whole safetensors, or its names, shapes or dtypes differ; nothing is loaded then.
+            Or a value is too large for ``dtype``.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(path, dtype)
     check_shapes(checkpoint, {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
-    tensors = {name: checkpoint[name].to(device=device, dtype=dtype) for name in module.state_dict()}
-    module.load_state_dict(tensors, assign=True)
+    held = {entry.dtype for entry in checkpoint.entries.values()}
+    if len(held) > 1:
+        eight_bits = {torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.bfloat16}  # promoted to nothing
+        checkpoint = Checkpoint(path, reduce(torch.promote_types, (eight_bits.get(each, each) for each in held)))
+    module.load_state_dict({name: checkpoint[name].to(device) for name in module.state_dict()}, assign=True)
     return module.eval().requires_grad_(False)
 
 
@@ -51,6 +56,9 @@ def autoencoder_config(variant: Variant, path: str | Path) -> AutoEncoderConfig:
     """A variant's VAE config, with the scale and shift that are written beside the weights, if any are.
 
     They stand in the metadata of the files that fluxlab writes, and in the ``config.json`` of diffusers' folders.
+
+    Raises:
+        WeightsError: the file cannot be read, or they are no such numbers.
     """
     checkpoint = Checkpoint(path)
     told: dict[str, Any] = dict(checkpoint.metadata)
@@ -58,8 +66,11 @@ def autoencoder_config(variant: Variant, path: str | Path) -> AutoEncoderConfig:
     if beside.is_file() and (config := read_json(beside)).get("_class_name") == "AutoencoderKL":
         told = {"shift_factor": config.get("shift_factor") or 0}  # null there is no shift
         told |= {"scale_factor": config["scaling_factor"]} if "scaling_factor" in config else {}
-    factors = {name: float(told[name]) for name in ("scale_factor", "shift_factor") if name in told}
-    return replace(variant.autoencoder, **factors)  # type: ignore[arg-type]
+    factors = {name: told[name] for name in ("scale_factor", "shift_factor") if name in told}
+    try:
+        return replace(variant.autoencoder, **{name: float(factor) for name, factor in factors.items()})  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{checkpoint.path}: its VAE's {factors} cannot be used ({error})") from error
 
 
 def check_shapes(checkpoint: Checkpoint, wanted: Shapes) -> None:
@@ -68,45 +79,41 @@ def check_shapes(checkpoint: Checkpoint, wanted: Shapes) -> None:
         WeightsError: a name, a shape or a dtype is not as wanted; the message lists what differs, and says what the
             checkpoint looks like.
     """
-    entries = checkpoint.entries
-    problems = [describe_difference(wanted, entries)]
-    if wrong := [name for name in wanted if name in entries and entries[name].shape != wanted[name]]:
-        said = [f"{name} is {list(entries[name].shape)}, not {list(wanted[name])}" for name in wrong]
-        problems.append(f"{len(wrong)} misshaped: {listed(said)}")
-    if whole := [name for name, entry in entries.items() if name in wanted and not entry.dtype.is_floating_point]:
-        said = [f"{name} holds {entries[name].dtype}" for name in whole]
-        problems.append(f"{len(whole)} not of a floating dtype: {listed(said)}")
-    if problems := [problem for problem in problems if problem]:
-        looks = looks_like({name: entry.shape for name, entry in entries.items()})
-        hint = f". It looks like {looks}" if looks else ""
-        if any(name.startswith(_WHOLE) for name in entries):
-            hint = f". Names begin with {_WHOLE!r}: save this part's tensors alone, without that prefix"
-        raise WeightsError(f"{checkpoint.path}: not what was expected: {'; '.join(problems)}{hint}")
+    found = {name: entry.shape for name, entry in checkpoint.entries.items()}
+    wrong = [
+        f"{name} is {entry.dtype} {list(entry.shape)}, where floating {list(wanted[name])} was expected"
+        for name, entry in checkpoint.entries.items()
+        if name in wanted and (entry.shape != wanted[name] or not entry.is_floating_point())
+    ]
+    problems = [describe_difference(wanted, found), f"{len(wrong)} different: {listed(wrong)}" if wrong else ""]
+    if not any(problems):
+        return
+    prefixes = sorted({match[0] for name in found if (match := _PREFIX.match(name))})
+    prefix = max(prefixes, key=lambda each: sum(each + name in found for name in wanted), default="")
+    looks = looks_like({name.removeprefix(prefix): shape for name, shape in found.items() if name.startswith(prefix)})
+    hint = f". It looks like {looks}" if looks else ""
+    if prefix:
+        hint += f". Names begin with {prefix!r}: save this part's tensors alone, without that prefix"
+    raise WeightsError(f"{checkpoint.path}: not what was expected: {'; '.join(filter(None, problems))}{hint}")
 
 
-@cache
-def official_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the official checkpoint."""
-    return {name: tuple(tensor.shape) for name, tensor in _on_meta(config).items()}
+def load_encoder(kind: Any, source: str | Path, dtype: torch.dtype | Literal["auto"] = "auto") -> Any:
+    """A text encoder as transformers' class loads it, if the files have all of its weights and none that it leaves.
 
+    They are a folder in the Hugging Face format, or a hub name; the encoder may be a part of a larger model there.
 
-@cache
-def diffusers_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in diffusers' layout."""
-    return {name: tuple(tensor.shape) for name, tensor in to_diffusers(_on_meta(config), config).items()}
-
-
-def _on_meta(config: Config) -> dict[str, torch.Tensor]:
-    with torch.device("meta"):
-        return (Flux(config) if isinstance(config, FluxConfig) else AutoEncoder(config)).state_dict()
-
-
-def looks_like(found: Shapes) -> str:
-    """Which part of which variants, in which layout, has exactly these tensors; empty where none has."""
-    for layout, shapes in (("official", official_shapes), ("diffusers", diffusers_shapes)):
-        for part in ("transformer", "autoencoder"):
-            names = [name for name, variant in VARIANTS.items() if shapes(getattr(variant, part)) == dict(found)]
-            if names:
-                way = "; `fluxlab convert` brings it to the other" if layout == "diffusers" else ""
-                return f"the {part} of {' or '.join(names)} in the {layout} layout{way}"
-    return ""
+    Raises:
+        OSError: neither a folder nor a hub name that can be reached.
+        WeightsError: weights are missing or unexpected, as in quantized files, or cannot be read.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    try:
+        model, found = kind.from_pretrained(os.path.expanduser(source), **options)
+    except (SafetensorError, RuntimeError) as error:
+        raise WeightsError(f"{source}: no {kind.__name__} can be read from it ({error})") from error
+    unexpected = [name for name in found["unexpected_keys"] if not _LARGER.match(name)]
+    if problem := describe_difference(found["missing_keys"], unexpected):
+        kept = "whole" if found["missing_keys"] else "plain"
+        hint = "; weights with scales beside them are quantized, and not read here" if unexpected else ""
+        raise WeightsError(f"{source}: not a {kept} {kind.__name__}: {problem}{hint}")
+    return model

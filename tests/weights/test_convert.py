@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 import fluxlab as fl
 from fluxlab.cli import app
 from fluxlab.files import Checkpoint, write_tensors
-from fluxlab.weights.convert import convert, convert_part
+from fluxlab.weights.convert import convert, convert_part, diffusers_config
+from fluxlab.weights.layouts import shapes
 from fluxlab.weights.load import autoencoder_config
 from tests.helpers import SMALL, SMALL_AUTOENCODER, linux, peak_anonymous_memory, randomise
 
@@ -247,7 +248,7 @@ def test_a_model_whose_last_part_fails_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(module, "_copy_tokenizer", fail)
+    monkeypatch.setattr(module, "_copy_folder", fail)
     with pytest.raises(OSError, match="disk full"):
         convert(TINY, tmp_path / "out", "diffusers")
     assert list(tmp_path.iterdir()) == []
@@ -331,7 +332,9 @@ def test_nan_is_kept_and_what_a_dtype_cannot_hold_is_refused(tmp_path, pipeline_
     convert_part(tmp_path / "nan.safetensors", tmp_path / "out", config, "diffusers", torch.float16)
     weights["img_in.weight"][0, 0] = 1e6
     write_tensors(weights, tmp_path / "large.safetensors")
-    with pytest.raises(fl.WeightsError, match=r"dtype is torch.float16, which ends at 65504, and x_embedder.weight"):
+    with pytest.raises(
+        fl.WeightsError, match=r"img_in.weight has values that torch.float16 cannot hold; take torch.bfloat16"
+    ):
         convert_part(tmp_path / "large.safetensors", tmp_path / "half", config, "diffusers", torch.float16)
 
     whole = shutil.copytree(pipeline_folder, tmp_path / "whole")
@@ -340,3 +343,68 @@ def test_nan_is_kept_and_what_a_dtype_cannot_hold_is_refused(tmp_path, pipeline_
     spoilt = {each: encoder[each] for each in encoder.entries} | {name: encoder[name] * float("nan")}
     write_tensors(spoilt, whole / "text_encoder_2/model.safetensors")
     convert(TINY, tmp_path / "official", "official", whole)
+
+
+def test_a_quantized_text_encoder_is_refused_before_anything_is_written(pipeline_folder, tmp_path):
+    """Scaled fp8: without the numbers beside them, the weights mean something else."""
+    whole = shutil.copytree(pipeline_folder, tmp_path / "whole")
+    encoder = dict(Checkpoint(whole / "text_encoder_2"))
+    scale = "encoder.block.0.layer.0.SelfAttention.k.scale_weight"
+    write_tensors(encoder | {scale: torch.ones(1)}, whole / "text_encoder_2/model.safetensors")
+    message = f"not a plain T5EncoderModel: 1 unexpected: {scale}; weights with scales beside them are quantized"
+    with pytest.raises(fl.WeightsError, match=message):
+        convert(TINY, tmp_path / "official", "official", whole)
+    encoder.pop("encoder.final_layer_norm.weight")
+    write_tensors(encoder, whole / "text_encoder_2/model.safetensors")
+    with pytest.raises(fl.WeightsError, match=r"not a whole T5EncoderModel: 1 missing: encoder.final_layer_norm"):
+        convert(TINY, tmp_path / "official", "official", whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_layout_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(fl.WeightsError, match="to is 'comfy'; choose official or diffusers"):
+        convert(TINY, tmp_path / "out", "comfy")
+    with pytest.raises(fl.WeightsError, match="to is 'comfy'; choose official or diffusers"):
+        convert_part(tmp_path / "x", tmp_path / "out", SMALL, "comfy")
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"scaling_factor": None}, "scale_factor.: None.* cannot be used"),
+        ({"scaling_factor": "much"}, "cannot be used .could not convert"),
+        ({"scaling_factor": 0.0}, "scale_factor is 0.0 .* both must be finite"),
+        ({"shift_factor": float("nan")}, "shift_factor nan; both must be finite"),
+    ],
+)
+def test_a_scale_or_shift_that_is_no_number_is_refused(pipeline_folder, tmp_path, said, message):
+    vae = shutil.copytree(pipeline_folder / "vae", tmp_path / "vae")
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps(config | said))
+    with pytest.raises(fl.WeightsError, match=message):
+        autoencoder_config(TINY, vae)
+
+
+def test_the_layouts_have_diffusers_own_names():
+    """The table of names, for each published variant, against the state dict of diffusers' classes."""
+    for config in {v.transformer for v in fl.VARIANTS.values()} | {v.autoencoder for v in fl.VARIANTS.values()}:
+        kind = FluxTransformer2DModel if isinstance(config, fl.FluxConfig) else AutoencoderKL
+        with torch.device("meta"):
+            theirs = kind.from_config(diffusers_config(config)).state_dict()
+        assert shapes(config, "diffusers") == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+
+
+def test_an_index_of_shards_is_a_source(tmp_path):
+    config, module, theirs = parts()["transformer"]
+    write_tensors(randomise(module).state_dict(), tmp_path / "x.safetensors")
+    convert_part(tmp_path / "x.safetensors", tmp_path / "whole", config, "diffusers")
+    theirs.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "shards", max_shard_size="200KB")
+    index = next((tmp_path / "shards").glob("*.index.json"))
+    shutil.copyfile(index, index.with_name("another.safetensors.index.json"))
+    with pytest.raises(
+        fl.WeightsError, match=r"2 checkpoints: another.safetensors.index.json, diffusion.*; give the path"
+    ):
+        convert_part(tmp_path / "shards", tmp_path / "again.safetensors", config, "official")
+    convert_part(index, tmp_path / "again.safetensors", config, "official")
+    assert Checkpoint(tmp_path / "again.safetensors").keys() == module.state_dict().keys()

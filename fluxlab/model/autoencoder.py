@@ -46,7 +46,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch channels h w"]:
         normed = self.norm(x)
-        q, k, v = (rearrange(f(normed), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
+        # contiguous, or attention takes the slow kernel, whose memory grows with the square of the cells
+        q, k, v = (rearrange(f(normed), "b c h w -> b 1 (h w) c").contiguous() for f in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[-2]))
 

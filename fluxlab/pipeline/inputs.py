@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from fluxlab.config import variant
+from fluxlab.config import variant, whole
 from fluxlab.files import WeightsError, describe_difference, read_tensors, write_tensors
-from fluxlab.pipeline.latents import grid, image_ids, text_ids
+from fluxlab.pipeline.latents import generator, grid, ids_device, image_ids, text_ids
 
 
-@dataclass
+@dataclass(eq=False)
 class FluxInputs:
     """The arguments of ``Flux.forward``, by name: ``model(**inputs.kwargs())``."""
 
@@ -58,30 +58,36 @@ def example_inputs(
     height: int | None = None,
     width: int | None = None,
     batch: int = 1,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> FluxInputs:
     """Random inputs of the shapes that a variant takes, at its usual size or another; on "meta", shapes alone.
 
     Image, text and ``y`` are unit noise from ``seed``; the time is 1 and the guidance the variant's usual one.
+
+    Raises:
+        ValueError: no such variant, or a size, batch or seed that is no such number.
     """
     chosen = variant(name)
-    config = chosen.transformer
+    config, batch = chosen.transformer, whole("batch", batch)
     height, width = (chosen.size if side is None else side for side in (height, width))
     rows, columns = grid(height, width)
-    meta = torch.device(device or "cpu").type == "meta"
-    generator = None if meta else torch.Generator("cpu").manual_seed(seed)
+    drawn = "meta" if torch.device(device).type == "meta" else "cpu"
+    seeded = None if drawn == "meta" else generator(seed)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device="meta" if meta else "cpu").to(device, dtype)
+        return torch.randn(*shape, generator=seeded, dtype=torch.float32, device=drawn).to(device, dtype)
+
+    def full(value: float) -> Tensor:
+        return torch.full((batch,), value, dtype=torch.float32, device=device)
 
     return FluxInputs(
         img=randn(batch, rows * columns, config.in_channels),
-        img_ids=image_ids(batch, height, width, device=device),
+        img_ids=image_ids(batch, height, width, device=ids_device(device)),
         txt=randn(batch, chosen.t5_length, config.context_in_dim),
-        txt_ids=text_ids(batch, chosen.t5_length, device=device),
-        timesteps=torch.ones(batch, device=device),
+        txt_ids=text_ids(batch, chosen.t5_length, device=ids_device(device)),
+        timesteps=full(1.0),
         y=randn(batch, config.vec_in_dim),
-        guidance=None if chosen.guidance is None else torch.full((batch,), chosen.guidance, device=device),
+        guidance=None if chosen.guidance is None else full(chosen.guidance),
     )

@@ -13,6 +13,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from fluxlab.config import whole
+from fluxlab.pipeline.checks import as_list
+
 COMPRESSION = 8  # pixels along one side of a latent cell
 PATCH = 2  # latent cells along one side of a token
 PIXELS = COMPRESSION * PATCH  # pixels along one side of a token
@@ -22,25 +25,28 @@ def grid(height: int, width: int) -> tuple[int, int]:
     """Rows and columns of image tokens of a picture of this size in pixels, a partial token counted whole.
 
     Raises:
-        ValueError: a side is not positive.
+        ValueError: a side is not a whole number of at least 1.
     """
-    for name, side in (("height", height), ("width", width)):
-        if side < 1:
-            raise ValueError(f"{name} is {side}; it must be a positive number of pixels")
-    return -(-height // PIXELS), -(-width // PIXELS)
+    return -(-whole("height", height) // PIXELS), -(-whole("width", width) // PIXELS)
 
 
 def noise(
-    seeds: Sequence[int], height: int, width: int, channels: int = 16, device: torch.device | str | None = None
+    seeds: int | Sequence[int], height: int, width: int, channels: int = 16, device: torch.device | str = "cpu"
 ) -> Float[Tensor, "batch channels h w"]:
     """Unit noise in the latent's shape, one seed for each item of the batch, in float32.
 
     It is drawn on the CPU, so that a seed gives the same start on any device and in any batch.
     """
     rows, columns = grid(height, width)
-    shape = (channels, PATCH * rows, PATCH * columns)
-    each = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
+    shape = (whole("channels", channels), PATCH * rows, PATCH * columns)
+    generators = [generator(seed) for seed in as_list("seed", seeds)]
+    each = [torch.randn(shape, generator=seeded, dtype=torch.float32, device="cpu") for seeded in generators]
     return torch.stack(each).to(device)
+
+
+def generator(seed: int) -> torch.Generator:
+    """Of random numbers on the CPU; a seed is any whole number of 64 bits."""
+    return torch.Generator("cpu").manual_seed(whole("seed", seed, -(2**63)))
 
 
 def pack(latent: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch image_tokens patch"]:
@@ -72,7 +78,7 @@ def unpack(
 
 
 def image_ids(
-    batch: int, height: int, width: int, index: int = 0, device: torch.device | str | None = None
+    batch: int, height: int, width: int, index: int = 0, device: torch.device | str = "cpu"
 ) -> Float[Tensor, "batch image_tokens 3"]:
     """Index, row and column of each image token, in float32, in the order of ``pack``.
 
@@ -84,15 +90,19 @@ def image_ids(
         device: where the ids are made.
     """
     rows, columns = grid(height, width)
-    ids = torch.zeros(rows, columns, 3, device=device)
-    ids[..., 0] = index
+    ids = torch.zeros(rows, columns, 3, dtype=torch.float32, device=device)
+    ids[..., 0] = whole("index", index, 0)
     ids[..., 1] = torch.arange(rows, device=device)[:, None]
     ids[..., 2] = torch.arange(columns, device=device)[None, :]
-    return ids.reshape(1, rows * columns, 3).repeat(batch, 1, 1)
+    return ids.reshape(1, rows * columns, 3).repeat(whole("batch", batch), 1, 1)
 
 
-def text_ids(
-    batch: int, text_tokens: int, device: torch.device | str | None = None
-) -> Float[Tensor, "batch text_tokens 3"]:
+def text_ids(batch: int, text_tokens: int, device: torch.device | str = "cpu") -> Float[Tensor, "batch text_tokens 3"]:
     """Zeros: every text token sits at (0, 0, 0), and RoPE leaves it as it is."""
-    return torch.zeros(batch, text_tokens, 3, device=device)
+    shape = (whole("batch", batch), whole("text_tokens", text_tokens, 0), 3)
+    return torch.zeros(shape, dtype=torch.float32, device=device)
+
+
+def ids_device(device: torch.device | str) -> torch.device | str:
+    """Where the ids of a model on this device are kept: angles are computed there in float64, which MPS lacks."""
+    return "cpu" if torch.device(device).type == "mps" else device

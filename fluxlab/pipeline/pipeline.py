@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,21 +15,30 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from fluxlab.config import Variant, variant
+from fluxlab.config import Variant, variant, whole
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
+from fluxlab.pipeline.checks import as_list
 from fluxlab.pipeline.inputs import FluxInputs
-from fluxlab.pipeline.latents import PIXELS, grid, image_ids, noise, pack, text_ids, unpack
+from fluxlab.pipeline.latents import PIXELS, grid, ids_device, image_ids, noise, pack, text_ids, unpack
+from fluxlab.pipeline.pictures import Picture, as_pictures, as_pixels, as_seen, made_by
 from fluxlab.pipeline.sampling import Step, denoise
 from fluxlab.pipeline.schedule import schedule
 from fluxlab.pipeline.text import TextEncoders
+from fluxlab.pipeline.tiles import decode, encode
 from fluxlab.weights.find import find_files
 from fluxlab.weights.load import autoencoder_config, load_weights
 
-Pictures = Image.Image | list[Image.Image]
+Pictures = Picture | list[Picture]
+
+_SHOWN = {  # beside the noise, by diffusers' class
+    "FluxKontextPipeline": "a picture to edit",
+    "FluxFillPipeline": "a picture and a mask",
+    "FluxControlPipeline": "a picture of edges or of depth",
+}
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Pipeline:
     """A whole model: ``pipe("a red circle on a white background", seed=0)`` is a picture."""
 
@@ -36,6 +46,8 @@ class Pipeline:
     model: Flux
     autoencoder: AutoEncoder
     text: TextEncoders
+    device: torch.device | str = "cpu"  # of what the parts are given: their weights may be offloaded or quantized
+    dtype: torch.dtype = torch.float32  # likewise
 
     @torch.no_grad()
     def __call__(
@@ -51,6 +63,7 @@ class Pipeline:
         true_cfg: float = 1.0,
         image: Image.Image | None = None,
         strength: float | None = None,
+        tiled: bool = False,
         callback: Callable[[Step], None] | None = None,
         return_steps: bool = False,
         progress: bool = True,
@@ -66,25 +79,33 @@ class Pipeline:
             width: likewise.
             negative_prompt: what ``true_cfg`` leads away from; by default the empty prompt.
             true_cfg: above 1, classifier-free guidance with a second forward a step, beside the distilled guidance.
-            image: a picture to start from instead of noise alone; it is resized to height and width.
+            image: a picture to start from instead of noise alone. It is turned as its EXIF data say, laid on white
+                where it is transparent, and stretched to height and width, with a warning above 5 %.
             strength: in (0, 1], how much of ``image`` becomes noise, 0.7 by default; 1 leaves nothing of it. It is
-                counted in whole steps, ``int(num_steps * (1 - strength))`` of which are left out.
+                counted in whole steps: the first ``int(num_steps - num_steps * strength)`` are left out.
+            tiled: whether pictures larger than a tile go through the VAE in tiles: less memory, other colours.
             callback: called with every ``Step``.
             return_steps: whether to return ``(pictures, steps)``.
             progress: whether to draw a bar.
 
         Returns:
-            A picture for a prompt and a seed, a list for a list of either.
+            A picture for a prompt and a seed, a list for a list of either. Its ``info`` says how it was made, and so
+            does a PNG file of it: prompt, negative_prompt, seed, steps, sampler, guidance, true_cfg, strength, size,
+            variant, version, and all of them in ``parameters``.
 
         Raises:
-            ValueError: an argument is out of its range, or has no meaning for this model.
+            ValueError: an argument is out of its range, or has no meaning for this model; or what a part of the
+                model gives is not finite, as where float16 overflows.
         """
         prompts, seeds = _batch(prompt, seed)
-        num_steps = self.variant.num_steps if num_steps is None else num_steps
+        image = None if image is None else as_seen(image)
         height, width = self._size(height, width, image)
+        num_steps = self.variant.num_steps if num_steps is None else whole("num_steps", num_steps)
+        start, strength = _first_step(num_steps, image, strength)
+        _check_guidance(guidance, true_cfg, negative_prompt)
         rows, columns = grid(height, width)
         times = schedule(num_steps, rows * columns, shift=self.variant.time_shift)
-        start = _check_options(num_steps, guidance, image, strength, true_cfg, negative_prompt)
+        pixels = None if image is None else as_pixels(image, height, width)
 
         inputs = self.prepare(prompts, seeds, height, width, guidance)
         negative = None
@@ -94,108 +115,114 @@ class Pipeline:
                 inputs, txt=txt.to(inputs.txt).expand_as(inputs.txt), y=y.to(inputs.y).expand_as(inputs.y)
             )
 
-        if image is not None:
+        if pixels is not None:
             times = times[start:]
-            latent = pack(self.autoencoder.encode(self._pixels(image, height, width)))
+            latent = pack(encode(self.autoencoder, pixels.to(self.device, self.dtype), tiled))
             inputs.img = torch.lerp(latent.to(inputs.img), inputs.img, times[0])
 
         steps: list[Step] = []
-        watchers = [watcher for watcher in (callback, steps.append if return_steps else None) if watcher]
 
         def watch(step: Step) -> None:
-            for watcher in watchers:
-                watcher(step)
+            if callback is not None:
+                callback(step)
+            if return_steps:
+                steps.append(step)
 
-        tokens = denoise(self.model, inputs, times, negative, true_cfg, watch if watchers else None, progress)
-        pictures = self.decode(tokens, height, width)
-        result = pictures[0] if isinstance(prompt, str) and isinstance(seed, Integral) else pictures
+        tokens = denoise(self.model, inputs, times, negative, true_cfg, watch, progress)
+        pictures = self.decode(tokens, height, width, tiled)
+        used: dict[str, Any] = {"steps": num_steps, "guidance": self._guidance(guidance), "true_cfg": true_cfg}
+        used |= {"negative_prompt": negative_prompt, "strength": strength}
+        used |= {"size": f"{width}x{height}", "variant": self.variant.name}
+        for picture, text, number in zip(pictures, prompts, seeds, strict=True):
+            picture.info.update(made_by({"prompt": text, "seed": number} | used))
+        single = isinstance(prompt, str) and np.ndim(seed) == 0 and len(pictures) == 1
+        result = pictures[0] if single else pictures
         return (result, steps) if return_steps else result
 
     @torch.no_grad()
     def prepare(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        height: int,
-        width: int,
-        guidance: float | None = None,
+        self, prompts: Sequence[str], seeds: Sequence[int], height: int, width: int, guidance: float | None = None
     ) -> FluxInputs:
         """The first forward's inputs: encoded prompts, noise, and where each token is.
 
         Raises:
-            ValueError: guidance for a model without its embedder, or a model that takes more than noise and text.
+            ValueError: guidance for a model without its embedder; a text encoder's output is not finite.
         """
-        config, batch = self.model.config, len(prompts)
-        if config.in_channels != config.out_channels:
-            raise ValueError(
-                f"{self.variant.name} is shown a second picture beside the noise (in_channels {config.in_channels}, "
-                f"out_channels {config.out_channels}), which a prompt alone does not give; call its model directly"
-            )
-        if guidance is not None and not config.guidance_embed:
+        prompts = as_list("prompt", prompts)
+        guidance, batch, ids = self._guidance(guidance), len(prompts), ids_device(self.device)
+        different = list(dict.fromkeys(prompts))  # each is encoded once
+        txt, y = (encoded[[different.index(prompt) for prompt in prompts]] for encoded in self.text(different))
+
+        def full(value: float) -> Tensor:
+            return torch.full((batch,), value, dtype=torch.float32, device=self.device)
+
+        return FluxInputs(
+            img=pack(noise(seeds, height, width, self.autoencoder.config.z_channels)).to(self.device, self.dtype),
+            img_ids=image_ids(batch, height, width, device=ids),
+            txt=txt.to(self.device, self.dtype),
+            txt_ids=text_ids(batch, txt.shape[1], device=ids),
+            timesteps=full(1.0),
+            y=y.to(self.device, self.dtype),
+            guidance=None if guidance is None else full(guidance),
+        )
+
+    @torch.no_grad()
+    def decode(
+        self, tokens: Float[Tensor, "batch image_tokens patch"], height: int, width: int, tiled: bool = False
+    ) -> list[Picture]:
+        """Clean tokens to pictures, one after the other: their feature maps at once take more memory, and more time.
+
+        Raises:
+            ValueError: the pixels are not finite, or the number of tokens is not that of the size.
+        """
+        latents = unpack(tokens, height, width).to(self.device, self.dtype)
+        return as_pictures(torch.cat([decode(self.autoencoder, latent, tiled) for latent in latents.split(1)]))
+
+    def to(self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Pipeline:
+        """Move and cast every part, in place, with the arguments of a module's ``to``."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        parts: tuple[torch.nn.Module, ...] = (self.model, self.autoencoder, self.text.t5, self.text.clip)
+        for part in parts:
+            part.to(device=device, dtype=dtype)
+        self.device = self.text.device = self.device if device is None else device
+        self.dtype = self.dtype if dtype is None else dtype
+        return self
+
+    def __repr__(self) -> str:
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return (
+            f"Pipeline({self.variant.name}: {parameters:,} parameters in the transformer, {self.dtype}, {self.device})"
+        )
+
+    def _guidance(self, guidance: float | None) -> float | None:
+        """What the model is given: the usual strength by default, nothing where it has no embedder."""
+        if self.model.config.guidance_embed:
+            return self.variant.guidance if guidance is None else float(guidance)
+        if guidance is not None:
             raise ValueError(
                 f"guidance is {guidance}, but {self.variant.name} has no guidance embedder and would ignore it; leave "
                 f"it out, or use true_cfg"
             )
-        if config.guidance_embed and guidance is None:
-            guidance = self.variant.guidance
-        device, dtype = self.model.img_in.weight.device, self.model.img_in.weight.dtype
-        different = list(dict.fromkeys(prompts))  # each is encoded once
-        txt, y = (encoded[[different.index(prompt) for prompt in prompts]] for encoded in self.text(different))
-        return FluxInputs(
-            img=pack(noise(seeds, height, width, self.autoencoder.config.z_channels)).to(device, dtype),
-            img_ids=image_ids(batch, height, width, device=device),
-            txt=txt.to(device, dtype),
-            txt_ids=text_ids(batch, txt.shape[1], device=device),
-            timesteps=torch.ones(batch, device=device),
-            y=y.to(device, dtype),
-            guidance=None if guidance is None else torch.full((batch,), float(guidance), device=device),
-        )
-
-    @torch.no_grad()
-    def decode(self, tokens: Float[Tensor, "batch image_tokens patch"], height: int, width: int) -> list[Image.Image]:
-        """Clean tokens to pictures, one after the other: their feature maps at once take more memory, and more time."""
-        weight = self.autoencoder.decoder.conv_in.weight
-        latents = unpack(tokens, height, width).to(weight.device, weight.dtype)
-        pixels = torch.cat([self.autoencoder.decode(latent) for latent in latents.split(1)])
-        scaled = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
-        return [Image.fromarray(picture) for picture in scaled.permute(0, 2, 3, 1).cpu().numpy()]
-
-    def _pixels(self, image: Image.Image, height: int, width: int) -> Float[Tensor, "1 rgb height width"]:
-        weight = self.autoencoder.encoder.conv_in.weight
-        resized = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1)[None]
-        return (pixels.float() / 127.5 - 1).to(weight.device, weight.dtype)
+        return None
 
     def _size(self, height: int | None, width: int | None, image: Image.Image | None) -> tuple[int, int]:
-        usual = (self.variant.size, self.variant.size)
-        if image is not None and not isinstance(image, Image.Image):
-            raise ValueError(f"image is a {type(image).__name__}; give a PIL image: Image.open(path), or fromarray")
-        if image is not None and image.mode.startswith(("I", "F")):
-            raise ValueError(f"image has mode {image.mode!r}, more than 8 bits a channel; bring it to 8 bits first")
+        usual = [self.variant.size] * 2
         if image is not None:
-            usual = (max(PIXELS, image.height // PIXELS * PIXELS), max(PIXELS, image.width // PIXELS * PIXELS))
-        size = (usual[0] if height is None else height, usual[1] if width is None else width)
-        grid(*size)
-        for name, side in zip(("height", "width"), size, strict=True):
-            if side % PIXELS:
+            usual = [max(PIXELS, side // PIXELS * PIXELS) for side in (image.height, image.width)]
+        height, width = (usual[i] if side is None else side for i, side in enumerate((height, width)))
+        for name, side in (("height", height), ("width", width)):
+            if whole(name, side) % PIXELS:
                 raise ValueError(
                     f"{name} is {side}; it must be a multiple of {PIXELS}, one token is {PIXELS}x{PIXELS} pixels: "
                     f"try {max(PIXELS, round(side / PIXELS) * PIXELS)}"
                 )
-        return size
+        return int(height), int(width)
 
 
 def _batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:
     """As many prompts as seeds."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    given = np.asarray(seed, dtype=object).reshape(-1).tolist()  # of a tensor or an array too
-    for each in given:
-        if not (isinstance(each, Integral) and -(2**63) <= int(each) < 2**64):
-            raise ValueError(f"seed is {each!r}; give a whole number of 64 bits, or one for each picture")
-    seeds = [int(each) for each in given]
-    for name, those in (("prompt", prompts), ("seed", seeds)):
-        if not those:
-            raise ValueError(f"{name} is an empty list; give at least one")
+    prompts, seeds = as_list("prompt", prompt), [whole("seed", each, -(2**63)) for each in as_list("seed", seed)]
     if len(prompts) == 1:
         prompts *= len(seeds)
     if len(seeds) == 1:
@@ -205,29 +232,25 @@ def _batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list
     return prompts, seeds
 
 
-def _check_options(
-    num_steps: int,
-    guidance: float | None,
-    image: Image.Image | None,
-    strength: float | None,
-    true_cfg: float,
-    negative_prompt: str | None,
-) -> int:
-    """Refuses what is out of range, or would have no effect; the first step that is taken."""
+def _check_guidance(guidance: float | None, true_cfg: float, negative_prompt: str | None) -> None:
     if guidance is not None and not (isinstance(guidance, Real) and isfinite(guidance)):
         raise ValueError(f"guidance is {guidance!r}; it must be a finite number, such as 3.5")
-    if strength is not None and not 0 < strength <= 1:
-        raise ValueError(f"strength is {strength}; it must be above 0 and at most 1, where nothing of image is left")
-    if strength is not None and image is None:
-        raise ValueError(f"strength is {strength}, but there is no image to start from; give image, or leave it out")
-    if not true_cfg >= 1:
-        raise ValueError(f"true_cfg is {true_cfg}; it must be at least 1, where it is off")
+    if not (isinstance(true_cfg, Real) and true_cfg >= 1 and isfinite(true_cfg)):
+        raise ValueError(f"true_cfg is {true_cfg!r}; it must be at least 1, where it is off")
     if negative_prompt is not None and true_cfg == 1:
         raise ValueError("negative_prompt has no effect while true_cfg is 1; give a true_cfg above 1, such as 3")
     if negative_prompt is not None and not isinstance(negative_prompt, str):
         raise ValueError(f"negative_prompt is {negative_prompt!r}; give one string, which serves every picture")
+
+
+def _first_step(num_steps: int, image: Image.Image | None, strength: float | None) -> tuple[int, float | None]:
+    """The step that a loop from ``image`` begins with, as diffusers counts it, and the strength by default."""
+    if strength is not None and not (isinstance(strength, Real) and 0 < strength <= 1):
+        raise ValueError(f"strength is {strength!r}; it must be above 0 and at most 1, where nothing of image is left")
+    if image is None and strength is not None:
+        raise ValueError(f"strength is {strength}, but there is no image to start from; give image, or leave it out")
     if image is None:
-        return 0
+        return 0, None
     strength = 0.7 if strength is None else strength
     start = min(num_steps - 1, int(num_steps - num_steps * strength))
     if start == 0 and strength < 1:
@@ -235,14 +258,11 @@ def _check_options(
             f"strength is {strength}, and {num_steps} steps take all of that from noise: nothing of image would be "
             f"left; give more steps, a smaller strength, or 1 if that is meant"
         )
-    return start
+    return start, strength
 
 
 def load(
-    name: str,
-    source: str | Path | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    name: str, source: str | Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Pipeline:
     """A model with its weights, ready to paint. The flux-tiny variants are carried in the repository.
 
@@ -254,10 +274,15 @@ def load(
 
     Raises:
         ConfigError: no such variant.
-        ValueError: no such device here, or no floating dtype.
+        ValueError: a variant that is shown more than noise and text; no such device here, or no floating dtype.
         WeightsError: files are missing, or hold another model.
     """
     chosen = variant(name)
+    if chosen.pipeline in _SHOWN:
+        raise ValueError(
+            f"{name} is shown {_SHOWN[chosen.pipeline]} beside the noise, which this version cannot do yet; to look at "
+            f"it, fl.build({name!r}, device='meta'), `fluxlab convert` and `fluxlab export` work"
+        )
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -267,20 +292,9 @@ def load(
     files = find_files(chosen, source)
     dtype = dtype or (torch.float32 if chosen.embedded else torch.bfloat16)
     with torch.device("meta"):
-        model = Flux(chosen.transformer)
-        autoencoder = AutoEncoder(autoencoder_config(chosen, files.autoencoder))
-    return Pipeline(
-        variant=chosen,
-        model=load_weights(model, files.transformer, device, dtype),
-        autoencoder=load_weights(autoencoder, files.autoencoder, device, dtype),
-        text=TextEncoders.load(
-            files.t5,
-            files.clip,
-            chosen.t5_length,
-            chosen.clip_length,
-            t5_tokenizer=files.t5_tokenizer,
-            clip_tokenizer=files.clip_tokenizer,
-            device=device,
-            dtype=dtype,
-        ),
-    )
+        model, autoencoder = Flux(chosen.transformer), AutoEncoder(autoencoder_config(chosen, files.autoencoder))
+    load_weights(model, files.transformer, device, dtype)
+    load_weights(autoencoder, files.autoencoder, device, dtype)
+    lengths, tokenizers = (chosen.t5_length, chosen.clip_length), (files.t5_tokenizer, files.clip_tokenizer)
+    text = TextEncoders.load(files.t5, files.clip, *lengths, *tokenizers, device=device, dtype=dtype)
+    return Pipeline(chosen, model, autoencoder, text, device, dtype)

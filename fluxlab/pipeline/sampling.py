@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from numbers import Real
 
 import torch
 from jaxtyping import Float
@@ -15,10 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fluxlab.model.transformer import Flux
+from fluxlab.pipeline.checks import as_list, finite
 from fluxlab.pipeline.inputs import FluxInputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """One step of the loop."""
 
@@ -50,25 +52,23 @@ def denoise(
     Args:
         model: predicts the velocity.
         inputs: the first forward's; ``img`` is where the loop starts. ``timesteps`` is set anew at every step.
-        times: as ``schedule`` gives them, falling; one step between each and the next.
+        times: as ``schedule`` gives them: falling, from 1 for noise to 0; one step between each and the next.
         negative: the inputs of a negative prompt, for true classifier-free guidance; a second forward a step.
-        true_cfg: its strength; at 1 the negative prompt has no say and is not run.
+        true_cfg: its strength; at 1 the negative prompt makes no difference and is not run.
         callback: called after every step.
         progress: whether to draw a bar.
 
     Raises:
-        ValueError: fewer than two times; ``true_cfg`` without ``negative``; ``inputs.img``, or what the model
-            predicts, is not finite.
+        ValueError: the times do not fall or lie beyond 0 and 1; ``true_cfg`` without ``negative``; ``inputs.img`` is
+            not finite, or what the model predicts, at the first step where it is so.
 
     Source: "Flow Straight and Fast", Liu et al. 2022; "Classifier-Free Diffusion Guidance", Ho and Salimans 2022.
     """
-    if len(times) < 2:
-        raise ValueError(f"times has {len(times)} values; a step needs two, where it starts and where it goes")
+    times = _checked(times)
     if true_cfg != 1 and negative is None:
         raise ValueError(f"true_cfg is {true_cfg}, but there is no negative prompt's inputs to lead away from")
     dtype = inputs.img.dtype
-    _check_finite(inputs.img, "inputs.img")
-    img = inputs.img.to(torch.promote_types(dtype, torch.float32))  # many small steps add up here
+    img = finite(inputs.img, "inputs.img").to(torch.promote_types(dtype, torch.float32))  # many small steps add up here
     steps = list(pairwise(times))
     for index, (t, t_next) in enumerate(tqdm(steps, desc="sampling", unit="step", disable=not progress)):
         timesteps = torch.full((img.shape[0],), t, dtype=torch.float32, device=img.device)
@@ -76,19 +76,23 @@ def denoise(
         if negative is not None and true_cfg != 1:
             away = model(**replace(negative, img=img.to(dtype), timesteps=timesteps).kwargs())
             velocity = away + true_cfg * (velocity - away)
-        velocity = velocity.to(img)
+        if velocity.shape != img.shape:
+            raise ValueError(f"the model predicts {tuple(velocity.shape)}, and img to move is {tuple(img.shape)}")
+        velocity = finite(velocity, f"what the model predicted at step {index}").to(img)
         img_next = img + (t_next - t) * velocity
         if callback is not None:
             callback(Step(index, t, t_next, img, velocity, img_next))
         img = img_next
-    _check_finite(img, "what the model predicted")
     return img
 
 
-def _check_finite(tokens: Tensor, name: str) -> None:
-    if tokens.device.type != "meta" and not tokens.isfinite().all():
-        bad = int((~tokens.isfinite()).sum())
+def _checked(times: Sequence[float]) -> list[float]:
+    numbers = as_list("times", times)
+    half = str(getattr(times, "dtype", "")).endswith("float16")
+    fall = all(isinstance(t, Real) for t in numbers) and all(1 >= a > b >= 0 for a, b in pairwise(numbers))
+    if half or not fall or len(numbers) < 2:
         raise ValueError(
-            f"{name} has {bad} of {tokens.numel()} values that are not finite; look at where they come from, and use "
-            f"bfloat16 or float32 where it is float16, whose range FLUX exceeds"
+            f"times is {times!r}; give two or more numbers that fall from 1, which is noise, to 0, which is the "
+            f"picture: not in thousandths, and not in half precision, which rounds them"
         )
+    return numbers

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 
+from fluxlab.config import whole
+
 
 def shift_mu(image_tokens: int) -> float:
     """How far the schedule bends: linear in the image tokens, 0.5 at 256 and 1.15 at 4096, and on beyond both."""
@@ -26,14 +28,12 @@ def schedule(num_steps: int, image_tokens: int, shift: bool = True) -> list[floa
 
     Args:
         num_steps: forwards of the model.
-        image_tokens: of one picture; it has a say only where ``shift`` is true.
+        image_tokens: of one picture; used only if ``shift`` is true.
         shift: whether the schedule bends with the image tokens ([dev]) or falls evenly ([schnell]).
 
     Raises:
-        ValueError: a number is below 1.
+        ValueError: one of the two is not a whole number of at least 1.
     """
-    for name, number in (("num_steps", num_steps), ("image_tokens", image_tokens)):
-        if number < 1:
-            raise ValueError(f"{name} is {number}; it must be at least 1")
+    num_steps, image_tokens = whole("num_steps", num_steps), whole("image_tokens", image_tokens)
     even = [1 - i / num_steps for i in range(num_steps)] + [0.0]
     return [shift_time(t, shift_mu(image_tokens)) for t in even] if shift else even

@@ -8,28 +8,27 @@ Axes: batch B, text tokens T, channels C.
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fluxlab.config import Variant
 from fluxlab.extras import importing
-from fluxlab.files import WeightsError, listed
+from fluxlab.files import WeightsError
+from fluxlab.pipeline.checks import as_list, finite, warn
 from fluxlab.weights.find import data_folder
+from fluxlab.weights.load import load_encoder
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class TextEncoders:
     """The two encoders with their tokenizers."""
 
@@ -39,6 +38,7 @@ class TextEncoders:
     clip: CLIPTextModel
     clip_tokenizer: CLIPTokenizer
     clip_length: int
+    device: torch.device | str = "cpu"  # where the ids are sent
 
     @classmethod
     def load(
@@ -49,7 +49,7 @@ class TextEncoders:
         clip_length: int,
         t5_tokenizer: str | Path | None = None,
         clip_tokenizer: str | Path | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> TextEncoders:
         """Load both from folders in the Hugging Face format, or from hub names. Only safetensors are read.
@@ -71,23 +71,27 @@ class TextEncoders:
         with importing():
             from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-        options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
-        with _no_progress_bar():
-            t5_model = _strictly(T5EncoderModel, t5, options)
-            clip_model = _strictly(CLIPTextModel, clip, options)
         return cls(
-            t5=t5_model.to(device).eval().requires_grad_(False),
+            t5=_quietly(T5EncoderModel, t5, dtype).to(device).eval().requires_grad_(False),
             t5_tokenizer=_tokenizer(T5Tokenizer, t5_tokenizer or t5),
             t5_length=t5_length,
-            clip=clip_model.to(device).eval().requires_grad_(False),
+            clip=_quietly(CLIPTextModel, clip, dtype).to(device).eval().requires_grad_(False),
             clip_tokenizer=_tokenizer(CLIPTokenizer, clip_tokenizer or clip),
             clip_length=clip_length,
+            device=device,
         )
 
     def tokenize(
-        self, prompts: Sequence[str]
+        self, prompts: str | Sequence[str]
     ) -> tuple[Int[Tensor, "batch text_tokens"], Int[Tensor, "batch clip_tokens"]]:
-        """Token ids for T5 and for CLIP, padded to their lengths; a longer prompt is cut, with a warning."""
+        """Token ids for T5 and for CLIP, padded to their lengths; a longer prompt is cut, with a warning.
+
+        Raises:
+            ValueError: a prompt is not text.
+        """
+        prompts = as_list("prompt", prompts)
+        if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+            raise ValueError(f"prompt is {wrong[0]!r}; give text")
         return (
             _tokenize(self.t5_tokenizer, prompts, self.t5_length, "T5"),
             _tokenize(self.clip_tokenizer, prompts, self.clip_length, "CLIP"),
@@ -97,27 +101,37 @@ class TextEncoders:
         self, t5_ids: Int[Tensor, "batch text_tokens"], clip_ids: Int[Tensor, "batch clip_tokens"]
     ) -> tuple[Float[Tensor, "batch text_tokens context_dim"], Float[Tensor, "batch vec_dim"]]:
         """T5's last hidden state (``txt``) and CLIP's pooled output (``y``)."""
-        txt = self.t5(input_ids=t5_ids.to(self.t5.device), attention_mask=None).last_hidden_state
-        y = self.clip(input_ids=clip_ids.to(self.clip.device), attention_mask=None).pooler_output
+        txt = self.t5(input_ids=t5_ids.to(self.device), attention_mask=None).last_hidden_state
+        y = self.clip(input_ids=clip_ids.to(self.device), attention_mask=None).pooler_output
         return txt, y
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[str]
+        self, prompts: str | Sequence[str]
     ) -> tuple[Float[Tensor, "batch text_tokens context_dim"], Float[Tensor, "batch vec_dim"]]:
-        """``txt`` and ``y`` of each prompt."""
-        return self.encode(*self.tokenize(prompts))
+        """``txt`` and ``y`` of each prompt.
+
+        Raises:
+            ValueError: a prompt is not text, or what an encoder gives is not finite.
+        """
+        txt, y = self.encode(*self.tokenize(prompts))
+        return finite(txt, "T5's output"), finite(y, "CLIP's output")
+
+    def __repr__(self) -> str:
+        return f"TextEncoders(T5: {self.t5_length} tokens, CLIP: {self.clip_length} tokens, on {self.device})"
 
 
-def _strictly(encoder: Any, source: str | Path, options: dict[str, Any]) -> Any:
-    """What transformers loads, unless it would make up weights that the files do not have."""
+def _quietly(encoder: Any, source: str | Path, dtype: torch.dtype) -> Any:
+    """Without transformers' progress bar; whatever was set before is set again."""
+    from transformers.utils import logging
+
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        model, found = encoder.from_pretrained(os.path.expanduser(source), output_loading_info=True, **options)
-    except (SafetensorError, RuntimeError) as error:
-        raise WeightsError(f"{source}: no {encoder.__name__} can be read from it ({error})") from error
-    if missing := sorted(found["missing_keys"]):
-        raise WeightsError(f"{source}: not a whole {encoder.__name__}: {len(missing)} missing: {listed(missing)}")
-    return model
+        return load_encoder(encoder, source, dtype)
+    finally:
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _tokenizer(kind: Any, source: str | Path) -> Any:
@@ -127,31 +141,13 @@ def _tokenizer(kind: Any, source: str | Path) -> Any:
         raise WeightsError(f"{source}: no {kind.__name__} can be read from it ({error})") from error
 
 
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Whatever was set before is set again."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def _tokenize(tokenizer: Any, prompts: Sequence[str], length: int, who: str) -> Int[Tensor, "batch tokens"]:
-    whole = tokenizer(list(prompts), truncation=False, verbose=False).input_ids  # not verbose: we warn below
-    for prompt, ids in zip(prompts, whole, strict=True):
+    for prompt, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids, strict=True):
         if len(ids) > length:
             cut = tokenizer.decode(ids[length - 1 : -1])  # one place goes to the end token
-            warnings.warn(
-                f"prompt {prompt!r} has {len(ids)} {who} tokens and {who} reads {length}; this part is cut: {cut!r}",
-                stacklevel=4,
-            )
-    options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
-    return tokenizer(list(prompts), return_tensors="pt", **options).input_ids
+            warn(f"prompt {prompt!r} has {len(ids)} {who} tokens and {who} reads {length}; this part is cut: {cut!r}")
+    padded = tokenizer(prompts, padding="max_length", truncation=True, max_length=length)
+    return torch.tensor(padded.input_ids, dtype=torch.int64, device="cpu")
 
 
 def text_encoders(chosen: Variant) -> tuple[T5EncoderModel, CLIPTextModel]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 import fluxlab as fl
 
@@ -56,7 +57,7 @@ def test_the_inputs_say_their_shapes():
 
 
 def test_a_size_of_zero_is_refused_not_replaced():
-    with pytest.raises(ValueError, match="height is 0; it must be a positive number"):
+    with pytest.raises(ValueError, match="height is 0; it must be a whole number of at least 1"):
         fl.example_inputs("flux-dev", height=0, device="meta")
 
 
@@ -64,3 +65,100 @@ def test_shapes_without_values_are_not_written(tmp_path):
     with pytest.raises(fl.WeightsError, match="is on the meta device and has no values to write"):
         fl.example_inputs("flux-dev", device="meta").save(tmp_path / "inputs.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_usual_guidance_and_steps_are_the_published_ones():
+    """The model cards, and the published commands' defaults."""
+    usual = {name: (variant.guidance, variant.num_steps) for name, variant in fl.VARIANTS.items() if variant.repo}
+    assert usual == {
+        "flux-dev": (3.5, 50),
+        "flux-schnell": (None, 4),
+        "flux-krea-dev": (4.5, 50),
+        "flux-kontext-dev": (2.5, 30),
+        "flux-fill-dev": (30.0, 50),
+        "flux-canny-dev": (30.0, 50),
+        "flux-depth-dev": (10.0, 50),
+    }
+    given = {name: fl.example_inputs(name, 32, 32, device="meta").guidance is None for name in usual}
+    assert [name for name, none in given.items() if none] == ["flux-schnell"]
+    assert fl.example_inputs("flux-tiny-dev", 32, 32).guidance.tolist() == [4.0]
+
+
+def test_inputs_and_steps_are_compared_by_identity():
+    """Tensors have no truth value, so a comparison by content could only fail."""
+    inputs, step = fl.example_inputs("flux-tiny-dev"), fl.Step(0, 1.0, 0.5, *[torch.ones(1, 2, 2)] * 3)
+    assert inputs == inputs
+    assert inputs != fl.example_inputs("flux-tiny-dev")
+    assert step == step
+    assert step != fl.Step(0, 1.0, 0.5, *[torch.ones(1, 2, 2)] * 3)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fl.example_inputs("flux-tiny-dev", height=128.0), "height is 128.0; it must be a whole number"),
+        (lambda: fl.example_inputs("flux-tiny-dev", batch=0), "batch is 0; it must be a whole number of at least 1"),
+        (lambda: fl.example_inputs("flux-tiny-dev", seed="3"), "seed is '3'; it must be a whole number"),
+        (lambda: fl.schedule(4.0, 64), "num_steps is 4.0; it must be a whole number"),
+        (lambda: fl.schedule(4, "64"), "image_tokens is '64'; it must be a whole number"),
+        (lambda: fl.noise([1.5], 32, 32), "seed is 1.5; it must be a whole number"),
+        (lambda: fl.noise([], 32, 32), "seed is an empty list"),
+        (lambda: fl.noise([0], 32, None), "width is None; it must be a whole number"),
+        (lambda: fl.image_ids(1.0, 32, 32), "batch is 1.0; it must be a whole number"),
+        (lambda: fl.image_ids(1, 32, 32, index=0.5), "index is 0.5; it must be a whole number of at least 0"),
+        (lambda: fl.text_ids(1, 2.5), "text_tokens is 2.5; it must be a whole number of at least 0"),
+        (lambda: fl.unpack(torch.zeros(1, 4, 64), 32.0, 32), "height is 32.0; it must be a whole number"),
+    ],
+)
+def test_numbers_of_the_wrong_kind_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_whole_numbers_of_any_kind_will_do():
+    import numpy as np
+
+    assert fl.schedule(np.int64(4), torch.tensor(64)) == fl.schedule(4, 64)
+    assert torch.equal(fl.noise(torch.tensor([3]), 32, 32), fl.noise(3, 32, 32))
+
+
+def test_ids_stay_on_the_cpu_beside_a_model_on_mps():
+    """Angles are computed in float64, which MPS lacks."""
+    from fluxlab.pipeline.latents import ids_device
+
+    assert [str(ids_device(device)) for device in ("mps", "mps:0", "cpu", "cuda:1")] == ["cpu", "cpu", "cpu", "cuda:1"]
+
+
+@pytest.fixture
+def other_defaults():
+    """Of torch: float64, on the meta device."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+
+
+def test_noise_and_ids_do_not_follow_the_defaults_of_torch(other_defaults):
+    latent = fl.noise([3], 32, 32)
+    inputs = fl.example_inputs("flux-tiny-dev", 32, 32, seed=1)
+    ids = fl.image_ids(1, 32, 32), fl.text_ids(1, 5)
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+    assert torch.equal(latent, fl.noise([3], 32, 32))
+    for tensor in (*ids, *inputs.kwargs().values()):
+        assert (tensor.dtype, tensor.device.type) == (torch.float32, "cpu")
+    same = fl.example_inputs("flux-tiny-dev", 32, 32, seed=1).kwargs()
+    assert all(torch.equal(tensor, same[name]) for name, tensor in inputs.kwargs().items())
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_picture_does_not_follow_the_defaults_of_torch(tiny, other_defaults):
+    image = Image.new("RGB", (64, 64), "green")
+    options = {"num_steps": 2, "height": 64, "width": 64, "image": image, "strength": 0.5, "progress": False}
+    picture = tiny("a red ring", **options)
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+    assert picture.tobytes() == tiny("a red ring", **options).tobytes()

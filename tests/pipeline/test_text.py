@@ -1,11 +1,15 @@
 """Text conditioning against the encoders called by hand."""
 
 import logging
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+from fluxlab.files import WeightsError
+from fluxlab.pipeline.text import TextEncoders
 from fluxlab.weights.find import data_folder
 
 PROMPTS = ["a small red circle left of a large blue square on a white background", "a purple star, black background"]
@@ -81,3 +85,74 @@ def test_a_prompt_too_long_is_warned_about_by_us_alone(tiny, caplog):
     finally:
         logger.removeHandler(caplog.handler)
     assert not caplog.records
+
+
+def test_one_prompt_is_a_batch_of_one(tiny):
+    assert all(torch.equal(a, b) for a, b in zip(tiny.text("a ring"), tiny.text(["a ring"]), strict=True))
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    ("prompts", "message"), [(None, "prompt is None; give text"), ([3], "prompt is 3; give"), ([], "an empty list")]
+)
+def test_what_is_no_text_is_refused(tiny, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.text.tokenize(prompts)
+
+
+def test_the_warning_of_a_long_prompt_points_at_the_callers_line(tiny):
+    with pytest.warns(UserWarning, match="this part is cut") as caught:
+        tiny.text("red " * 40)
+    with pytest.warns(UserWarning, match="this part is cut") as deeper:
+        tiny("red " * 40, num_steps=1, height=32, width=32, progress=False)
+    assert {warning.filename for warning in [*caught, *deeper]} == {__file__}
+
+
+@pytest.mark.parametrize(("part", "name"), [("t5", "T5"), ("clip", "CLIP")])
+def test_an_encoder_that_overflows_is_named(tiny, monkeypatch, part, name):
+    """As T5 does in float16."""
+    encoder = getattr(tiny.text, part)
+    layer = next(module for module in reversed(list(encoder.modules())) if "Norm" in type(module).__name__)
+    hook = layer.register_forward_hook(lambda module, args, out: (out * 1e30 * 1e30).half().to(out))
+    try:
+        with pytest.raises(ValueError, match=rf"{name}'s output has \d+ of \d+ values that are not finite"):
+            tiny("a ring", progress=False)
+    finally:
+        hook.remove()
+
+
+def test_float16_is_told_of_its_range():
+    from fluxlab.pipeline.checks import finite
+
+    with pytest.raises(ValueError, match=r"x has 1 of 3 .* float16 ends at 65504, .*: use bfloat16 or float32"):
+        finite(torch.tensor([1.0, 65504.0, 70000.0]).half(), "x")
+
+
+def folder_with(tmp_path, part, more):
+    """A copy of flux-tiny's encoder, with more tensors in its file."""
+    folder = tmp_path / part
+    shutil.copytree(data_folder() / "flux-tiny" / part, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | more, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def load_with(**folders):
+    parts = {part: data_folder() / "flux-tiny" / part for part in ("t5", "clip")}
+    return TextEncoders.load(**(parts | folders), t5_length=32, clip_length=32)
+
+
+def test_a_t5_with_scales_beside_its_weights_is_refused(tmp_path):
+    name = "encoder.block.0.layer.0.SelfAttention.q.scale_weight"
+    folder = folder_with(tmp_path, "t5", {name: torch.ones(1)})
+    with pytest.raises(WeightsError, match=rf"not a plain T5EncoderModel: 1 unexpected: {name}; .* are quantized"):
+        load_with(t5=folder)
+
+
+def test_the_rest_of_a_whole_clip_is_no_fault(tmp_path, tiny):
+    more = {"logit_scale": torch.ones(()), "text_projection.weight": torch.ones(64, 64)}
+    folder = folder_with(tmp_path, "clip", more)
+    assert torch.equal(load_with(clip=folder)(["a ring"])[1], tiny.text(["a ring"])[1])
+    folder = folder_with(tmp_path / "other", "clip", {"final.scale_weight": torch.ones(1)})
+    with pytest.raises(WeightsError, match=r"not a plain CLIPTextModel: 1 unexpected: final.scale_weight"):
+        load_with(clip=folder)

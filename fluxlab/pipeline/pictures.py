@@ -1,0 +1,85 @@
+"""Pictures in and out: a PIL image as numbers in [-1, 1], and numbers as a picture that says how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from fluxlab.pipeline.checks import warn
+
+
+class Picture(Image.Image):
+    """A PIL image whose texts in ``info`` are written when it is saved as PNG."""
+
+    def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
+        """As PIL's ``save``."""
+        texts = PngInfo()
+        for key, value in self.info.items():
+            if isinstance(key, str) and isinstance(value, str):
+                texts.add_text(key, value)
+        super().save(fp, format, **({"pnginfo": texts} | params))
+
+
+def as_pictures(pixels: Float[Tensor, "batch rgb height width"]) -> list[Picture]:
+    """Numbers in [-1, 1] to 8 bits, rounded; what is beyond is clamped."""
+    scaled = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    pictures = [Image.fromarray(picture) for picture in scaled.permute(0, 2, 3, 1).cpu().numpy()]
+    for picture in pictures:
+        picture.__class__ = Picture
+    return pictures  # type: ignore[return-value]
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """A picture in RGB as a viewer shows it: turned as its EXIF data say, and laid on white where it is transparent.
+
+    Raises:
+        ValueError: it is no PIL image, or has more than 8 bits a channel.
+    """
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"image is a {type(image).__name__}; give a PIL image: Image.open(path), or fromarray")
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"image has mode {image.mode!r}, more than 8 bits a channel; bring it to 8 bits first")
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def as_pixels(image: Image.Image, height: int, width: int) -> Float[Tensor, "1 rgb height width"]:
+    """An RGB picture as numbers in [-1, 1], in float32 on the CPU, resized without regard to its ratio.
+
+    The published pipelines resize so too. Above 5 % of distortion, a warning says it.
+    """
+    if not 1 / 1.05 <= width / height * image.height / image.width <= 1.05:
+        warn(
+            f"image is {image.width} x {image.height} pixels (width x height) and is stretched to {width} x {height}, "
+            f"another ratio; to avoid it, crop the image, or give a height and a width of nearly its ratio"
+        )
+    resized = image.resize((width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def made_by(given: Mapping[str, Any]) -> dict[str, str]:
+    """How a picture was made, for its ``info``: each argument that was used, and all of them as one text.
+
+    That text, ``parameters``, is laid out as AUTOMATIC1111's web interface does, which other programs read.
+    """
+    import fluxlab
+
+    info = {key: str(value) for key, value in given.items() if value is not None}
+    info |= {"sampler": "Euler", "version": f"fluxlab {fluxlab.__version__}"}
+    names = {"steps": "Steps", "sampler": "Sampler", "true_cfg": "CFG scale", "guidance": "Distilled CFG Scale"}
+    names |= {"seed": "Seed", "size": "Size", "strength": "Denoising strength", "variant": "Model"}
+    names |= {"version": "Version"}
+    lines = [info["prompt"]]
+    if "negative_prompt" in info:
+        lines.append(f"Negative prompt: {info['negative_prompt']}")
+    lines.append(", ".join(f"{name}: {info[key]}" for key, name in names.items() if key in info))
+    return info | {"parameters": "\n".join(lines)}

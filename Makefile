@@ -5,6 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 COURSE := exported/course
+MATHJAX := mathjax/MathJax.js?config=TeX-AMS-MML_HTMLorMML-full,Safe
 NBCONVERT := $(BIN)/jupyter nbconvert --log-level=ERROR
 # glibc keeps freed memory for the next tensor:
 REUSE := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000
@@ -13,29 +14,31 @@ REUSE := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000
 
 .venv/.installed: requirements.txt pyproject.toml
 	@echo "making .venv from requirements.txt: this takes a few minutes, once"
+	@test -d .venv || $(PYTHON) -c "import sys; sys.version_info < (3, 11) and sys.exit('needs Python 3.11 or newer: make PYTHON=...')"
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
+# MathJax stands beside the pages, so that their formulas show without a network.
 course: .venv/.installed
-	@mkdir -p $(COURSE)
+	@mkdir -p $(COURSE)/mathjax
+	@cp -R .venv/lib/python3*/site-packages/jupyter_server_mathjax/static/. $(COURSE)/mathjax
 	@n=0; for notebook in $(NOTEBOOKS); do \
 		n=$$((n + 1)); echo "[$$n/$(words $(NOTEBOOKS))] $$notebook"; \
 		$(NBCONVERT) --execute --to notebook --output-dir $(COURSE) $$notebook && \
-		$(NBCONVERT) --to html --output-dir $(COURSE) $(COURSE)/$$(basename $$notebook) || exit 1; \
+		$(NBCONVERT) --to html --HTMLExporter.mathjax_url='$(MATHJAX)' --output-dir $(COURSE) \
+			$(COURSE)/$$(basename $$notebook) || exit 1; \
 	done
 	@sed -i.bak -e 's#\(href="[0-9][0-9]_[a-z_]*\)\.ipynb#\1.html#g' -e 's#href="\.\./#href="../../#g' $(COURSE)/*.html
 	@rm $(COURSE)/*.bak
-	@$(BIN)/fluxlab export
-	@echo; echo "The executed course:      $(COURSE)/, as notebooks and as HTML pages to open in a browser"
-	@echo "Pictures and diagrams:    exported/"
+	@echo; echo "The executed course: $(COURSE)/, as notebooks and as HTML pages to open in a browser"
 
 test: .venv/.installed browser
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(REUSE) OMP_NUM_THREADS=1 $(BIN)/pytest --disable-plugin-autoload -p xdist --numprocesses=logical --maxprocesses=4 --dist=load --maxschedchunk=1
+	$(REUSE) OMP_NUM_THREADS=1 $(BIN)/pytest --nbmake --disable-plugin-autoload -p nbmake -p xdist --numprocesses=logical --maxprocesses=4 --maxschedchunk=1
 
 # Some tests open graphs in Netron in a real browser. As root on Debian, as in CI, it is installed; else only said.
 browser:
@@ -55,3 +58,4 @@ screenshots: .venv/.installed browser
 
 bench: .venv/.installed
 	$(REUSE) $(BIN)/python -m tests.benchmarks.blocks
+	$(REUSE) $(BIN)/python -m tests.benchmarks.chapters

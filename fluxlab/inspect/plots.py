@@ -168,6 +168,9 @@ def residual_norms(tape: Tape) -> Figure:
     """The length of the residual streams through depth, the mean over the tokens of each stream.
 
     Capture ``["double_blocks.*.output", "single_blocks.*.output"]``, and the inputs of the first block if wanted.
+
+    Raises:
+        ValueError: the tape holds no block's output.
     """
     lines: dict[str, list[tuple[str, float]]] = {}
     for name, tensor in tape.items():
@@ -220,6 +223,9 @@ def head_grid(tape: Tape, value: Callable[[Tensor], Tensor], title: str, label: 
     """One number for each head of each block whose attention was captured.
 
     ``value`` takes one block's weights ``B H Q K`` and gives ``H`` numbers, which ``label`` names.
+
+    Raises:
+        ValueError: the tape holds no attention weights.
     """
     found = [(name.removesuffix(".attention"), value(t)) for name, t in tape.items() if name.endswith("attention")]
     if not found:

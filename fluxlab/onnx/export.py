@@ -72,6 +72,7 @@ def export_onnx(
         ConfigError: no such variant.
         ValueError: no such part, dtype or opset; text encoders without weights; weights that do not fit.
         WeightsError: weights that are asked for are not found.
+        FileNotFoundError: there is no folder to write to.
         OSError: the file cannot be written.
     """
     chosen = variant(name)

@@ -58,21 +58,8 @@ def test_importing_fluxlab_brings_in_no_heavy_library():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-ROOMS = [
-    "config",
-    "glossary",
-    "files",
-    "extras",
-    "model",
-    "weights",
-    "pipeline",
-    "speed",
-    "inspect",
-    "onnx",
-    "tiny",
-    "course",
-]
-ROOMS += ["__init__", "cli"]
+ROOMS = ["config", "glossary", "files", "extras", "model", "weights", "pipeline", "speed", "inspect", "onnx", "tiny"]
+ROOMS += ["course", "__init__", "cli"]
 
 
 def modules():

@@ -181,6 +181,9 @@ def _watching(
 
     Nothing is put on the model: PyTorch's hooks for all modules, and the observers of this thread, ask which module it
     is. So copies are not watched, other threads neither, and nothing can stay behind.
+
+    Raises:
+        ValueError: the model did not run, or a name was made by no forward.
     """
     modules = unwrapped(model)
     model = modules[""]

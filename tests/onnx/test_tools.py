@@ -1,5 +1,7 @@
 """What other tools make of the files: optimizers of graphs leave them as they were, and quantizers quantize."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon
@@ -10,6 +12,7 @@ from onnxruntime.quantization import quantize_dynamic
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 import fluxlab as fl
+from fluxlab.onnx import export
 from tests.helpers import randomise
 
 
@@ -29,13 +32,16 @@ def inputs():
 
 
 @pytest.fixture
-def written(tmp_path):
-    """The model to export, small: its first blocks are enough, since all are alike."""
+def written(tmp_path, monkeypatch):
+    """flux-tiny-dev with one block of each kind: all are alike, and an optimizer takes its time over each."""
+    one = {"depth": 1, "depth_single_blocks": 1}
+    whole = fl.variant("flux-tiny-dev")
+    monkeypatch.setattr(export, "variant", lambda name: replace(whole, transformer=replace(whole.transformer, **one)))
 
     def write(**how):
-        path = tmp_path / "x.onnx"
-        fl.export_onnx("flux-tiny-dev", path, weights=randomise(fl.build("flux-tiny-dev")).state_dict(), **how)
-        return str(path)
+        weights = randomise(fl.build("flux-tiny-dev", **one)).state_dict()
+        fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=weights, **how)
+        return str(tmp_path / "x.onnx")
 
     return write
 
@@ -56,8 +62,7 @@ def test_what_an_optimizer_writes_runs_and_computes_the_same(written, inputs, to
     assert distance(run(tool(path), inputs), run(path, inputs)) < 1e-5
 
 
-@pytest.mark.parametrize("part", ["encoder", "decoder"])
-@pytest.mark.parametrize("opset", [17, 23])
+@pytest.mark.parametrize(("part", "opset"), [("encoder", 23), ("decoder", 17)])
 def test_an_optimizer_leaves_the_vae_as_it_was(tmp_path, part, opset):
     path = str(tmp_path / "x.onnx")
     fl.export_onnx("flux-tiny-dev", path, part, weights=True, opset=opset)
@@ -73,7 +78,7 @@ def test_a_flat_file_is_quantized(written, inputs, tmp_path):
     quant_pre_process(path, ready)
     quantize_dynamic(ready, small)
     kinds = [node.op_type for node in onnx.load(small).graph.node]
-    assert kinds.count("MatMulInteger") >= 40
+    assert kinds.count("MatMulInteger") == 23
     assert small.stat().st_size < 0.35 * (tmp_path / "x.onnx").stat().st_size
     assert distance(run(str(small), inputs), run(path, inputs)) < 0.1
 

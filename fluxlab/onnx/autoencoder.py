@@ -118,17 +118,18 @@ def autoencoder_graph(writer: Writer, c: AutoEncoderConfig, half: str, name: str
 
     pixels = helper.make_tensor_value_info("pixels", writer.dtype, ["batch", c.in_channels, "height", "width"])
     latent = helper.make_tensor_value_info("latent", writer.dtype, ["batch", c.z_channels, "rows", "columns"])
+    inputs, outputs = ([pixels], [latent]) if half == "encoder" else ([latent], [pixels])
     if half == "encoder":
         moments = through(module, half, "pixels")
         lines += [f"mean, log_variance = Split({moments}, {[c.z_channels] * 2}, axis=1)", "latent = Scale(mean)"]
-        inputs, outputs = [pixels], [latent]
     else:
         lines += ["raw_latent = Unscale(latent)"]
         through(module, half, "raw_latent")
-        inputs, outputs = [latent], [pixels]
 
-    weights = {f"{half}.{key}": tuple(weight.shape) for key, weight in module.state_dict().items()}
-    meanings = {key: entry.meaning for key in weights if (entry := autoencoder_entry(key))}
+    initializers = [
+        without_numbers(key, tuple(weight.shape), writer.dtype, entry.meaning if entry else "")
+        for key, weight in module.state_dict(prefix=f"{half}.").items()
+        for entry in [autoencoder_entry(key)]
+    ]
     doc = f"The VAE's {half} of {name}: 8 times smaller or larger on a side, {c.z_channels} channels"
-    initializers = [without_numbers(key, shape, writer.dtype, meanings.get(key, "")) for key, shape in weights.items()]
     return writer.model(helper.make_graph(writer.nodes("\n".join(lines)), name, inputs, outputs, initializers, doc))

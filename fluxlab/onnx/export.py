@@ -71,7 +71,8 @@ def export_onnx(
 
     Raises:
         ConfigError: no such variant.
-        ValueError: no such part, dtype or opset; text encoders without weights; weights that do not fit.
+        ValueError: no such part, dtype or opset; text encoders without weights; a source and no weights; weights that
+            do not fit.
         WeightsError: weights that are asked for are not found.
         OSError: the file cannot be written.
     """
@@ -102,7 +103,7 @@ def export_onnx(
     tensors = None if isinstance(weights, bool) else weights
     if weights is True and files:
         tensors = _read(chosen, part, files)
-    if tensors is not None:
+    elif tensors is not None:
         _check(tensors, model)
     if flat:
         from onnx import inliner

@@ -28,27 +28,26 @@ def transformer_graph(writer: Writer, c: FluxConfig, name: str) -> ModelProto:
     call = writer.call
 
     # 1. what the picture is to be, as one vector
-    lines = ["timesteps_embedded = TimestepEmbedding(timesteps)"]
-    lines += [call("MLPEmbedder", "time_in", "timesteps_embedded")]
-    if c.guidance_embed:
-        lines += ["guidance_embedded = TimestepEmbedding(guidance)"]
-        lines += [call("MLPEmbedder", "guidance_in", "guidance_embedded")]
-    lines += [call("MLPEmbedder", "vector_in", "y")]
-    lines += [f"vec = Sum(time_in, {'guidance_in, ' if c.guidance_embed else ''}vector_in)"]
+    lines: list[str] = []
+    numbers = {"time_in": "timesteps", "guidance_in": "guidance"} if c.guidance_embed else {"time_in": "timesteps"}
+    for path, x in numbers.items():
+        lines += [f"{x}_embedded = TimestepEmbedding({x})", call("MLPEmbedder", path, f"{x}_embedded")]
+    lines += [call("MLPEmbedder", "vector_in", "y"), f"vec = Sum({', '.join(numbers)}, vector_in)"]
     # 2. tokens, and where each of them is
     lines += [call("Linear", "img_in", "img"), call("Linear", "txt_in", "txt")]
     lines += ["ids = Concat(txt_ids, img_ids, axis=1)", "pe = EmbedND(ids)"]
     # 3. two streams that meet in attention
     img, txt = "img_in", "txt_in"
-    for path in (f"double_blocks.{i}" for i in range(c.depth)):
-        lines += [call("DoubleStreamBlock", path, img, txt, "vec", "pe", out=f"{path}.img.output, {path}.txt.output")]
+    for i in range(c.depth):
+        path, given = f"double_blocks.{i}", (img, txt, "vec", "pe")
         img, txt = f"{path}.img.output", f"{path}.txt.output"
+        lines += [call("DoubleStreamBlock", path, *given, out=f"{img}, {txt}")]
     # 4. one stream
     lines += [f"tokens = Concat({txt}, {img}, axis=1)"]
     x = "tokens"
-    for path in (f"single_blocks.{i}" for i in range(c.depth_single_blocks)):
-        lines += [call("SingleStreamBlock", path, x, "vec", "pe", out=f"{path}.output")]
-        x = f"{path}.output"
+    for i in range(c.depth_single_blocks):
+        lines += [call("SingleStreamBlock", f"single_blocks.{i}", x, "vec", "pe", out=f"single_blocks.{i}.output")]
+        x = f"single_blocks.{i}.output"
     # 5. the text has done its work
     lines += [f"text_tokens, image_tokens = SplitStreams({x}, {txt})"]
     lines += [call("LastLayer", "final_layer", "image_tokens", "vec", out="velocity")]

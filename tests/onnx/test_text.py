@@ -27,7 +27,7 @@ def run(writer, line, **inputs):
 
 def test_formulas_calls_and_numbers_become_nodes():
     writer = Writer(17, TensorProto.BFLOAT16)
-    writer.define('''
+    writer.define("""
 def Twice(x, a.weight) -> y:
     "2 x"
     y = x * 2.0 + Reshape(a.weight, [0, -1])
@@ -36,7 +36,7 @@ def Both(x, 0.weight) -> (img.0, rest):
     "Two of them"
     table = (0.1, 0.2)
     img.0, rest = Split(Twice(x, 0.weight), [1, 1], axis=-1)
-''')
+""")
     twice, both = writer.functions.values()
     assert (twice.doc_string, both.doc_string) == ("2 x", "Two of them")
     assert (list(both.input), list(both.output)) == (["x", "0.weight"], ["img.0", "rest"])
@@ -64,8 +64,8 @@ def writer(request):
     return Writer(request.param, TensorProto.FLOAT)
 
 
-# Numbers of about 1e-3 have squares of about 1e-6, as large as the epsilon that is added to their mean: with 1e-5 in its
-# place the result is less than half.
+# Numbers of about 1e-3 have squares of about 1e-6, as large as the epsilon that is added to their mean: with 1e-5 in
+# its place the result is less than half.
 def small(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * 1e-3
 

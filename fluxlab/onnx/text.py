@@ -47,12 +47,12 @@ class Writer:
         self.meanings = {entry.name: entry.meaning for entry in entries()}
         self.functions: dict[str, FunctionProto] = {}
 
-    def define(self, text: str, glossary: str = "") -> FunctionProto:
+    def define(self, text: str, glossary: str | None = None) -> FunctionProto:
         """Add functions, and give the last.
 
         Args:
             text: of one function or more, as above.
-            glossary: what stands before the names of their tensors in the glossary.
+            glossary: what stands before the names of their tensors in the glossary, if they are in it.
         """
         for each in _read(text):
             assert isinstance(each, ast.FunctionDef)
@@ -68,7 +68,7 @@ class Writer:
         weights = (f"{path}.{name}" for name in self.functions[function].input[len(inputs) :])
         return f"{out or path} = {function}({', '.join([*inputs, *weights])})"
 
-    def nodes(self, text: str | list[ast.stmt], glossary: str = "") -> list[NodeProto]:
+    def nodes(self, text: str | list[ast.stmt], glossary: str | None = "") -> list[NodeProto]:
         """The nodes of a text's lines, each named after what it makes and described as the glossary describes that."""
         made: dict[str, NodeProto] = {}
 
@@ -92,7 +92,8 @@ class Writer:
             if inside:
                 same = sum(name.startswith(f"{outs[0]}.{kind}") for name in made)
                 outs = [f"{outs[0]}.{kind}{same + 1 if same else ''}"]
-            domain, meaning = DOMAIN if kind in self.functions else None, self.meanings.get(glossary + outs[0])
+            domain = DOMAIN if kind in self.functions else None
+            meaning = None if glossary is None else self.meanings.get(glossary + outs[0])
             made[outs[0]] = helper.make_node(kind, inputs, outs, outs[0], meaning, domain, **attributes)
             return outs[0]
 

@@ -59,6 +59,14 @@ def test_a_model_has_the_functions_that_it_takes_and_no_others():
     assert [function.name for function in model.functions] == ["RMSNorm", "QKNorm"]
 
 
+def test_only_what_is_in_the_glossary_is_described_by_it():
+    writer = Writer(23, TensorProto.FLOAT)
+    parts.define_parts(writer, fl.FluxConfig())
+    described = {name: {node.name for node in f.node if node.doc_string} for name, f in writer.functions.items()}
+    assert described["Modulate"] == set()  # its y is not CLIP's
+    assert "img.middle" in described["DoubleStreamBlock"]
+
+
 @pytest.fixture(params=range(17, 25))
 def writer(request):
     return Writer(request.param, TensorProto.FLOAT)

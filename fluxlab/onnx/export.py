@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from fluxlab.files import describe_difference, replacing
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import build
 from fluxlab.pipeline.text import TextEncoders
-from fluxlab.weights.find import find_files
+from fluxlab.weights.find import Files, find_files
 from fluxlab.weights.load import autoencoder_config, load_weights
 
 Part = Literal["transformer", "double_block", "single_block", "encoder", "decoder", "t5", "clip"]
@@ -59,18 +59,21 @@ def export_onnx(
     Args:
         name: of the variant.
         path: of the file to write.
-        part: which part; the text encoders have functions of no ours and need their weights.
+        part: which part. The text encoders, t5 and clip, are not written as functions, and only with their weights.
         weights: whether to write the numbers too, from the variant's files; or the tensors themselves, by their names
             in the part's ``state_dict``.
         source: where the weights are, as ``fl.load`` takes it.
         dtype: of weights and features: float32, float16 or bfloat16.
         opset: 23 or later has norms, rotation and attention as single operators; 17 to 22 spell them out. The text
             encoders are written from 18 on.
-        flat: put the functions' nodes in their callers' places, for tools that know no functions.
+        flat: put the functions' nodes in their callers' places, for tools that know no functions. Quantizers need it:
+            onnxruntime's, given functions, quantizes nothing and does not say so. Prepare the flat file with its
+            ``quant_pre_process`` first.
 
     Raises:
         ConfigError: no such variant.
-        ValueError: no such part, dtype or opset; text encoders without weights; weights that do not fit.
+        ValueError: no such part, dtype or opset; text encoders without weights; a source and no weights; weights that
+            do not fit.
         WeightsError: weights that are asked for are not found.
         FileNotFoundError: there is no folder to write to.
         OSError: the file cannot be written.
@@ -91,81 +94,94 @@ def export_onnx(
             raise ValueError(
                 f"opset is {opset}; part {part!r} is traced by PyTorch's exporter, which writes 18 and later"
             )
-        return _write_text_encoder(chosen, part, source, _TORCH[dtype], opset, target)
-    model = _structure(chosen, part, source if weights is True else None, dtype, opset)
-    numbers = None
-    if weights is not False:
-        numbers = _numbers(chosen, part, source) if weights is True else _fitting(weights, model)
+    if source is not None and weights is not True:
+        raise ValueError("source says where weights are, and none are read from it; ask for weights=True")
+    files = None
+    if weights is True or (chosen.embedded and part in ("encoder", "decoder")):  # their file tells scale and shift
+        files = find_files(chosen, source)
+    if files and part in ("t5", "clip"):
+        return _write_text_encoder(chosen, part, files, _TORCH[dtype], opset, target)
+    model = _structure(chosen, part, files, dtype, opset)
+    tensors = None if isinstance(weights, bool) else weights
+    if weights is True and files:
+        tensors = _read(chosen, part, files)
+    elif tensors is not None:
+        _check(tensors, model)
     if flat:
         with importing():
             from onnx import inliner
 
         model = inliner.inline_local_functions(model)
-    _write(model, numbers, _TORCH[dtype], target)
+    _write(model, tensors, _TORCH[dtype], target)
     return None
 
 
+<<<<<<< HEAD
 def _structure(chosen: Variant, part: Part, source: str | Path | None, dtype: str, opset: int) -> Any:
     with importing():
         from onnx import TensorProto
 
         from fluxlab.onnx.autoencoder import autoencoder_graph
         from fluxlab.onnx.transformer import block_graph, transformer_graph
+=======
+def _structure(chosen: Variant, part: Part, files: Files | None, dtype: str, opset: int) -> Any:
+    from onnx import TensorProto
 
-    kind = getattr(TensorProto, {"float32": "FLOAT"}.get(dtype, dtype.upper()))
+    from fluxlab.onnx.autoencoder import autoencoder_graph
+    from fluxlab.onnx.text import Writer
+    from fluxlab.onnx.transformer import block_graph, transformer_graph
+>>>>>>> h-onnx
+
+    writer = Writer(opset, TensorProto.DataType.Value({"float32": "FLOAT"}.get(dtype, dtype.upper())))
     if part in ("encoder", "decoder"):
-        known = chosen.embedded or source is not None
-        config = autoencoder_config(chosen, find_files(chosen, source).autoencoder) if known else chosen.autoencoder
-        return autoencoder_graph(config, part, opset, kind, chosen.name)
-    if part in ("double_block", "single_block"):
-        return block_graph(chosen.transformer, part, opset, kind, chosen.name)
-    return transformer_graph(chosen.transformer, opset, kind, chosen.name)
+        config = autoencoder_config(chosen, files.autoencoder) if files else chosen.autoencoder
+        return autoencoder_graph(writer, config, part, chosen.name)
+    if part == "transformer":
+        return transformer_graph(writer, chosen.transformer, chosen.name)
+    return block_graph(writer, chosen.transformer, part, chosen.name)
 
 
-def _numbers(chosen: Variant, part: Part, source: str | Path | None) -> Callable[[str], Tensor]:
-    """A weight by its name in the graph."""
-    files = find_files(chosen, source)
+def _read(chosen: Variant, part: Part, files: Files) -> dict[str, Tensor]:
+    """The weights of a part, by their names in the graph."""
     if part in ("encoder", "decoder"):
-        module: nn.Module = AutoEncoder(chosen.autoencoder)
-        tensors: Mapping[str, Tensor] = load_weights(module, files.autoencoder).state_dict()
-        return tensors.__getitem__
+        with torch.device("meta"):
+            module: nn.Module = AutoEncoder(chosen.autoencoder)
+        tensors = load_weights(module, files.autoencoder).state_dict()
+        return {name: tensor for name, tensor in tensors.items() if name.startswith(part)}
     tensors = load_weights(build(chosen.name, device="meta"), files.transformer).state_dict()
-    prefix = {"double_block": "double_blocks.0.", "single_block": "single_blocks.0."}.get(part, "")
-    return lambda name: tensors[prefix + name]
+    head = "" if part == "transformer" else f"{part}s.0."
+    return {name.removeprefix(head): tensor for name, tensor in tensors.items() if name.startswith(head)}
 
 
-def _fitting(weights: Mapping[str, Tensor], model: Any) -> Callable[[str], Tensor]:
-    """The tensors given, once their names and shapes are those of the graph."""
+def _check(weights: Mapping[str, Tensor], model: Any) -> None:
+    """Their names and shapes have to be those of the graph."""
     wanted = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     if problems := describe_difference(wanted, weights):
         raise ValueError(f"weights do not fit the part: {problems}")
-    if wrong := [name for name, shape in wanted.items() if tuple(weights[name].shape) != shape]:
-        name = wrong[0]
-        raise ValueError(f"weights: {name} has shape {tuple(weights[name].shape)}, and the part takes {wanted[name]}")
-    return weights.__getitem__
+    for name, shape in wanted.items():
+        if (found := tuple(weights[name].shape)) != shape:
+            raise ValueError(f"weights: {name} has shape {found}, and the part takes {shape}")
 
 
-def _write(model: Any, numbers: Callable[[str], Tensor] | None, dtype: torch.dtype, target: Path) -> None:
+def _write(model: Any, weights: Mapping[str, Tensor] | None, dtype: torch.dtype, target: Path) -> None:
     """The graph, and its weights inside it or beside it; both are put in place only when they are whole."""
-    beside = target.with_name(f"{target.name}.weights")
-    sizes = [dtype.itemsize * torch.Size(tensor.dims).numel() for tensor in model.graph.initializer]
-    inside = numbers is not None and sum(sizes) < _EMBED
-    if not inside:
-        start = 0
-        for tensor, size in zip(model.graph.initializer, sizes, strict=True):
-            del tensor.external_data[:]
+    tensors = model.graph.initializer
+    sizes = [dtype.itemsize * math.prod(tensor.dims) for tensor in tensors]
+    if weights and sum(sizes) < _EMBED:
+        for tensor in tensors:
+            tensor.ClearField("data_location")
+            tensor.raw_data = bytes(_bytes(weights[tensor.name], dtype))
+    else:
+        beside, start = target.with_name(f"{target.name}.weights"), 0
+        for tensor, size in zip(tensors, sizes, strict=True):
             for key, value in (("location", beside.name), ("offset", start), ("length", size)):
                 tensor.external_data.add(key=key, value=str(value))
-            start += -(-size // _ALIGN) * _ALIGN
-    if numbers is not None and inside:
-        for tensor in model.graph.initializer:
-            tensor.ClearField("data_location")
-            tensor.raw_data = bytes(_bytes(numbers(tensor.name), dtype))
-    elif numbers is not None:
-        with replacing(beside) as temporary, temporary.open("wb") as file:
-            for tensor, size in zip(model.graph.initializer, sizes, strict=True):
-                file.write(_bytes(numbers(tensor.name), dtype))
-                file.write(bytes(-size % _ALIGN))
+            start += size + -size % _ALIGN
+        if weights:
+            with replacing(beside) as temporary, temporary.open("wb") as file:
+                for tensor, size in zip(tensors, sizes, strict=True):
+                    file.write(_bytes(weights[tensor.name], dtype))
+                    file.write(bytes(-size % _ALIGN))
     with replacing(target) as temporary:
         temporary.write_bytes(model.SerializeToString())
 
@@ -175,29 +191,38 @@ def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
 
 
 def _write_text_encoder(
-    chosen: Variant, part: Part, source: str | Path | None, dtype: torch.dtype, opset: int, target: Path
+    chosen: Variant, part: Part, files: Files, dtype: torch.dtype, opset: int, target: Path
 ) -> None:
     """Traced by PyTorch's own exporter: the classes are transformers', and so are the names inside."""
+<<<<<<< HEAD
     with importing():
         import onnxscript  # noqa: F401 (the exporter's own)
     files = find_files(chosen, source)
+=======
+>>>>>>> h-onnx
     text = TextEncoders.load(
         files.t5, files.clip, chosen.t5_length, chosen.clip_length, files.t5_tokenizer, files.clip_tokenizer
     )
     encoder = _OneOutput(text, part).to(dtype).eval()
     ids = torch.ones(2, text.t5_length if part == "t5" else text.clip_length, dtype=torch.int64)
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("text_tokens", max=ids.shape[1])}
-    with _quiet():
-        program = torch.onnx.export(
-            encoder,
-            (ids,),
-            input_names=["ids"],
-            output_names=["txt" if part == "t5" else "y"],
-            dynamic_shapes={"ids": free},
-            opset_version=opset,
-            dynamo=True,
-            verbose=False,
-        )
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it tells of what it has not installed and of steps within
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            program = torch.onnx.export(
+                encoder,
+                (ids,),
+                input_names=["ids"],
+                output_names=["txt" if part == "t5" else "y"],
+                dynamic_shapes={"ids": free},
+                opset_version=opset,
+                dynamo=True,
+                verbose=False,
+            )
+    finally:
+        logger.setLevel(level)
     assert program is not None
     with replacing(target) as temporary:
         program.save(str(temporary), external_data=False)
@@ -206,28 +231,13 @@ def _write_text_encoder(
             data.replace(target.with_name(data.name))
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """PyTorch's exporter tells of what it has not installed and of steps within; none of it is the reader's."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)
-
-
 class _OneOutput(nn.Module):
     """A text encoder from ids to the one tensor that FLUX takes of it."""
 
     def __init__(self, text: TextEncoders, part: Part) -> None:
         super().__init__()
         self.encoder: Any = text.t5 if part == "t5" else text.clip
-        self.pooled = part == "clip"
+        self.output = "last_hidden_state" if part == "t5" else "pooler_output"
 
     def forward(self, ids: Tensor) -> Tensor:
-        out = self.encoder(input_ids=ids)
-        return out.pooler_output if self.pooled else out.last_hidden_state
+        return getattr(self.encoder(input_ids=ids), self.output)

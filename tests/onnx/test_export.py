@@ -304,6 +304,7 @@ def test_large_weights_go_to_a_file_beside_it(tmp_path, monkeypatch):
         ("flux-dev", {"part": "t5"}, ValueError, "weights=True"),
         ("flux-tiny-dev", {"part": "t5", "weights": True, "opset": 17}, ValueError, "18 and later"),
         ("flux-dev", {"weights": True}, ValueError, "give source="),
+        ("flux-dev", {"source": "folder"}, ValueError, "ask for weights=True"),
     ],
 )
 def test_what_cannot_be_written_is_refused_and_nothing_is_left(tmp_path, name, options, error, said):

@@ -1,0 +1,137 @@
+"""ONNX functions and graphs, written as the formulas they are. Opened in chapter 13.
+
+A function is written in Python's own syntax, with a sentence that says what it does, and what it gives after an arrow::
+
+    def Modulate(x, shift, scale) -> y:
+        "x * (1 + scale) + shift"
+        y = x * (1.0 + scale) + shift
+
+What is called is a function that was written before, or else an operator of ONNX's standard, as ``+ - * / @`` are;
+keywords are attributes. Names may have dots, as those of weights do. A number among the inputs becomes a constant:
+whole numbers are int64, a list of others float32, a tuple float64, and a single one has the model's dtype. Constants
+are written as tensors, the only form that every tool takes.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import numpy as np
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+
+from fluxlab.glossary import entries
+
+DOMAIN = "fluxlab"
+NEW = 23  # the opset with norms, rotation and attention as operators
+SILU = """
+def SiLU(x) -> y:
+    "x * sigmoid(x)"
+    y = x * Sigmoid(x)
+"""
+_OPERATORS = {ast.Add: "Add", ast.Sub: "Sub", ast.Mult: "Mul", ast.Div: "Div", ast.MatMult: "MatMul"}
+_DOT = "\N{MIDDLE DOT}"  # which Python takes inside a name, so it stands for a name's dots while Python reads the text
+
+
+class Writer:
+    """Makes the functions and the graph of one model.
+
+    Args:
+        opset: of the standard's operators, 23 or later, or 17 for older tools.
+        dtype: of weights and features, as ONNX numbers it.
+    """
+
+    def __init__(self, opset: int, dtype: int) -> None:
+        self.opset, self.dtype = opset, dtype
+        self.imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
+        self.meanings = {entry.name: entry.meaning for entry in entries()}
+        self.functions: dict[str, FunctionProto] = {}
+
+    def define(self, text: str, glossary: str | None = None) -> FunctionProto:
+        """Add functions, and give the last.
+
+        Args:
+            text: of one function or more, as above.
+            glossary: what stands before the names of their tensors in the glossary, if they are in it.
+        """
+        for each in _read(text):
+            assert isinstance(each, ast.FunctionDef)
+            inputs = [_dotted(argument.arg) for argument in each.args.args]
+            nodes = self.nodes(each.body, glossary)
+            made = helper.make_function(DOMAIN, each.name, inputs, _names(each.returns), nodes, self.imports)
+            made.doc_string = _dotted(ast.get_docstring(each) or "")
+            self.functions[made.name] = made
+        return made
+
+    def call(self, function: str, path: str, *inputs: str, out: str = "") -> str:
+        """A line that calls a function with the weights below a path; its result is named ``out``, or as the path."""
+        weights = (f"{path}.{name}" for name in self.functions[function].input[len(inputs) :])
+        return f"{out or path} = {function}({', '.join([*inputs, *weights])})"
+
+    def nodes(self, text: str | list[ast.stmt], glossary: str | None = "") -> list[NodeProto]:
+        """The nodes of a text's lines, each named after what it makes and described as the glossary describes that."""
+        made: dict[str, NodeProto] = {}
+
+        def value(expression: ast.expr, outs: list[str], inside: bool = True) -> str:
+            """Add what makes a value, and give its name: that of the line, with the operator's if it is inside."""
+            match expression:
+                case ast.Name():
+                    return _dotted(expression.id)
+                case ast.Constant(value=None):  # an input that is left out
+                    return ""
+                case ast.BinOp(left=left, op=operator, right=right):
+                    kind, given, attributes = _OPERATORS[type(operator)], [left, right], {}
+                case ast.Call(func=ast.Name(id=kind), args=given, keywords=keywords):
+                    attributes = {str(each.arg): ast.literal_eval(each.value) for each in keywords}
+                case _:
+                    number = ast.literal_eval(expression)
+                    out = f"constant_{number}".replace(" ", "") if inside else outs[0]
+                    made[out] = helper.make_node("Constant", [], [out], out, value=self._tensor(out, number))
+                    return out
+            inputs = [value(each, outs) for each in given]
+            if inside:
+                same = sum(name.startswith(f"{outs[0]}.{kind}") for name in made)
+                outs = [f"{outs[0]}.{kind}{same + 1 if same else ''}"]
+            domain = DOMAIN if kind in self.functions else None
+            meaning = None if glossary is None else self.meanings.get(glossary + outs[0])
+            made[outs[0]] = helper.make_node(kind, inputs, outs, outs[0], meaning, domain, **attributes)
+            return outs[0]
+
+        for line in _read(text) if isinstance(text, str) else text:
+            if isinstance(line, ast.Assign):
+                value(line.value, _names(line.targets[0]), inside=False)
+        return list(made.values())
+
+    def _tensor(self, name: str, number: float | list[float] | tuple[float, ...]) -> TensorProto:
+        several = TensorProto.FLOAT if isinstance(number, list) else TensorProto.DOUBLE
+        kind = self.dtype if isinstance(number, float) else several
+        kind = TensorProto.INT64 if np.asarray(number).dtype.kind == "i" else kind
+        return helper.make_tensor(name, kind, np.shape(number), np.ravel(number))
+
+    def model(self, graph: GraphProto) -> ModelProto:
+        """The graph, with the functions that it takes."""
+        called = {node.op_type for node in graph.node}
+        for function in reversed(self.functions.values()):  # each is written after those that it calls
+            called |= {node.op_type for node in function.node if function.name in called}
+        functions = [function for name, function in self.functions.items() if name in called]
+        return helper.make_model(
+            graph, functions=functions, opset_imports=self.imports, ir_version=10, producer_name=DOMAIN
+        )
+
+
+def without_numbers(name: str, shape: tuple[int, ...], dtype: int, meaning: str = "") -> TensorProto:
+    """A weight's dtype and shape; its numbers are said to be in a file, which need not be there to be looked at."""
+    return TensorProto(name=name, data_type=dtype, dims=shape, data_location=TensorProto.EXTERNAL, doc_string=meaning)
+
+
+def _read(text: str) -> list[ast.stmt]:
+    names = re.compile(r"(?<![\w.])(?:\d+\.)?[A-Za-z_]\w*(?:\.\w+)*")
+    return ast.parse(names.sub(lambda name: f"{'_' * name[0][0].isdigit()}{name[0]}".replace(".", _DOT), text)).body
+
+
+def _dotted(name: str) -> str:
+    return re.sub(r"^_(?=\d)", "", name.replace(_DOT, "."))
+
+
+def _names(target: ast.expr | None) -> list[str]:
+    return [_dotted(each.id) for each in ast.walk(target or ast.Tuple([])) if isinstance(each, ast.Name)]

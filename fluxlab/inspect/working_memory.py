@@ -3,50 +3,54 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 def working_memory(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     """Bytes of the tensors that are alive at the worst moment of one call, weights and inputs left out.
 
     Attention is taken to work in tiles, as fused kernels do ("FlashAttention", Dao et al. 2022), so that its weights
-    are never whole. Not counted: what kernels need inside, and what an allocator rounds up.
+    are never whole. Not counted: what a function of PyTorch needs inside, and what an allocator rounds up.
 
     Args:
         module: any module; on the meta device nothing is computed.
         *args: what it is called with.
         **kwargs: likewise.
     """
-    given = [*module.parameters(), *module.buffers(), *tree_leaves((args, kwargs))]
-    with torch.no_grad(), _Alive([t for t in given if isinstance(t, Tensor)]) as alive, _Tiled():
+    with torch.no_grad(), _Alive([*module.parameters(), *module.buffers(), *_tensors((args, kwargs))]) as alive:
         module(*args, **kwargs)
     return alive.peak
 
 
-class _Alive(TorchDispatchMode):
-    """Adds up the storages that operators make, until each is freed."""
+class _Alive(TorchFunctionMode):
+    """Adds up the storages that functions make, until each is freed."""
 
     def __init__(self, given: list[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.known = {t.untyped_storage()._cdata for t in given}
+        super().__init__()
+        self.given = [tensor.untyped_storage() for tensor in given]
+        self.known = {id(storage) for storage in self.given}
         self.now = self.peak = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and (place := tensor.untyped_storage()._cdata) not in self.known:
-                storage = tensor.untyped_storage()
-                self.known.add(place)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            made = named["query"].new_empty(*named["query"].shape[:-1], named["value"].shape[-1])
+        else:
+            made = func(*args, **kwargs)
+        for tensor in _tensors(made):
+            storage = tensor.untyped_storage()
+            if id(storage) not in self.known:
+                self.known.add(id(storage))
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._freed, place, storage.nbytes())
+                weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
         return made
 
     def _freed(self, place: int, size: int) -> None:
@@ -54,12 +58,10 @@ class _Alive(TorchDispatchMode):
         self.now -= size
 
 
-class _Tiled(TorchFunctionMode):
-    """Attention gives its output and makes nothing else."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
-            query, value = named["query"], named["value"]
-            return query.new_empty(*query.shape[:-1], value.shape[-1])
-        return func(*args, **(kwargs or {}))
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value, or in the tuples, lists and dicts of one."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)

@@ -116,21 +116,13 @@ def export_onnx(
     return None
 
 
-<<<<<<< HEAD
-def _structure(chosen: Variant, part: Part, source: str | Path | None, dtype: str, opset: int) -> Any:
+def _structure(chosen: Variant, part: Part, files: Files | None, dtype: str, opset: int) -> Any:
     with importing():
         from onnx import TensorProto
 
         from fluxlab.onnx.autoencoder import autoencoder_graph
+        from fluxlab.onnx.text import Writer
         from fluxlab.onnx.transformer import block_graph, transformer_graph
-=======
-def _structure(chosen: Variant, part: Part, files: Files | None, dtype: str, opset: int) -> Any:
-    from onnx import TensorProto
-
-    from fluxlab.onnx.autoencoder import autoencoder_graph
-    from fluxlab.onnx.text import Writer
-    from fluxlab.onnx.transformer import block_graph, transformer_graph
->>>>>>> h-onnx
 
     writer = Writer(opset, TensorProto.DataType.Value({"float32": "FLOAT"}.get(dtype, dtype.upper())))
     if part in ("encoder", "decoder"):
@@ -194,12 +186,8 @@ def _write_text_encoder(
     chosen: Variant, part: Part, files: Files, dtype: torch.dtype, opset: int, target: Path
 ) -> None:
     """Traced by PyTorch's own exporter: the classes are transformers', and so are the names inside."""
-<<<<<<< HEAD
     with importing():
         import onnxscript  # noqa: F401 (the exporter's own)
-    files = find_files(chosen, source)
-=======
->>>>>>> h-onnx
     text = TextEncoders.load(
         files.t5, files.clip, chosen.t5_length, chosen.clip_length, files.t5_tokenizer, files.clip_tokenizer
     )

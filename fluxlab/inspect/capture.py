@@ -5,9 +5,9 @@ Axes: batch B, heads H, tokens L, head width D, channels C.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from numbers import Integral
 from threading import get_ident
 from typing import Any
@@ -206,24 +206,21 @@ def _watching(
             runs += 1
             started()
 
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if get_ident() != thread:
-            return None
-        if module is model and (model, "clean") in points:
-            given = signature(model.forward).bind(*args, **kwargs).arguments
-            img, t = given["img"][..., : output.shape[-1]], given["timesteps"][:, None, None].to(output.device)
-            taken("clean", img - (t * output).to(output.dtype))
-        if module not in outputs:
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        if module not in outputs or get_ident() != thread:
             return None
         seen.add(outputs[module])
         return _each(outputs[module], output, taken)
 
     before_handle = register_module_forward_pre_hook(before)
-    after_handle = register_module_forward_hook(after, with_kwargs=True)
+    after_handle = register_module_forward_hook(after)
     observer = _observer(points, taken, text_is)
     observers.set((*observers.get(), observer))
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="Using `torch.compile"
+            )  # hooks fire twice: ours ask whose call it is
             yield chosen
     finally:
         observers.set(tuple(each for each in observers.get() if each is not observer))
@@ -257,6 +254,12 @@ def _observer(
             text_is(tensor.shape[1])
         if name := points.get((module, point)):
             tensor = take(name, tensor)
+        if (module, "clean") in points:
+            if point in ("img", "timesteps"):
+                parts[module, point] = tensor
+            elif point == "velocity":
+                img, t = parts.pop((module, "img")), parts.pop((module, "timesteps"))[:, None, None]
+                take("clean", img[..., : tensor.shape[-1]] - (t.to(tensor.device) * tensor).to(tensor.dtype))
         if name := points.get((module, "attention")):
             if point in ("q", "k", "v"):
                 parts[module, point] = tensor

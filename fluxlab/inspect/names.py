@@ -50,7 +50,7 @@ def unwrapped(module: nn.Module) -> dict[str, nn.Module]:
 def available(module: nn.Module) -> list[str]:
     """The names that a pattern is matched with: the glossary's for a ``Flux`` or its blocks, else each layer's."""
     if isinstance(module, Flux):
-        return ["img", *named(module.config, "tensor")]
+        return ["img", "timesteps", *named(module.config, "tensor")]
     if isinstance(module, DoubleStreamBlock | SingleStreamBlock):
         head = "double_blocks.{i}." if isinstance(module, DoubleStreamBlock) else "single_blocks.{i}."
         return [e.name.removeprefix(head) for e in entries() if e.kind == "tensor" and e.name.startswith(head)]

@@ -69,6 +69,8 @@ class Flux(Observed):
         """
         self._check(img=img, img_ids=img_ids, txt=txt, txt_ids=txt_ids, timesteps=timesteps, y=y, guidance=guidance)
 
+        img, timesteps = self.see("img", img), self.see("timesteps", timesteps)
+
         # 1. what the picture is to be, as one vector
         vec = self.time_in(timestep_embedding(timesteps).to(img))
         if self.guidance_in is not None and guidance is not None:
@@ -76,7 +78,7 @@ class Flux(Observed):
         vec = self.see("vec", vec + self.vector_in(y))  # B C
 
         # 2. tokens, and where each of them is
-        img = self.img_in(self.see("img", img))  # B I C
+        img = self.img_in(img)  # B I C
         txt = self.txt_in(txt)  # B T C
         pe = self.pe_embedder(torch.cat((txt_ids, img_ids), dim=1))
         pe = self.see("pe", pe.to(img.device))  # B 1 T+I D/2 2 2

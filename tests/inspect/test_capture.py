@@ -35,7 +35,8 @@ def everything(model, inputs):
 
 def test_every_name_is_captured_with_the_shape_that_the_list_gives(everything):
     listed = {row["name"]: row["shape"] for row in fl.tensor_names("flux-tiny-dev", **INPUTS)}
-    assert {name: tuple(tensor.shape) for name, tensor in everything.items() if name != "img"} == listed
+    assert {name: tuple(tensor.shape) for name, tensor in everything.items() if name in listed} == listed
+    assert set(everything) - set(listed) == {"img", "timesteps"}
 
 
 @pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "flux-fill-dev"])
@@ -87,7 +88,7 @@ def test_nothing_stays_behind_when_the_run_fails(model, inputs):
     with pytest.raises(RuntimeError, match="stop"), fl.capture(model, "*") as tape, fl.patch(model, "vec", stop):
         model(**inputs)
     assert traces(model) == []
-    assert set(tape) == {"time_in", "guidance_in", "vector_in", "vec"}
+    assert set(tape) == {"time_in", "guidance_in", "vector_in", "vec", "img", "timesteps"}
 
 
 def stop(tensor):
@@ -444,10 +445,13 @@ def test_other_threads_are_neither_seen_nor_disturbed(model, inputs):
         thread.start()
     with torch.no_grad():
         for _ in range(5):
-            with fl.capture(model, "*.attention") as tape, fl.patch(model, "vec", lambda vec: 0 * vec):
+            with (
+                fl.capture(model, ["*.attention", "txt_in"]) as tape,
+                fl.patch(model, ["vec", "img_in"], torch.zeros_like),
+            ):
                 model(**inputs)
             assert tape.forwards == 1
-            assert len(tape) == 6
+            assert len(tape) == 7
     enough.set()
     for thread in threads:
         thread.join()

@@ -58,10 +58,9 @@ def as_pixels(image: Image.Image, height: int, width: int) -> Float[Tensor, "1 r
     The published pipelines resize so too. Above 5 % of distortion, a warning says it.
     """
     if not 1 / 1.05 <= width / height * image.height / image.width <= 1.05:
-        warn(
-            f"image is {image.width} x {image.height} pixels (width x height) and is stretched to {width} x {height}, "
-            f"another ratio; to avoid it, crop the image, or give a height and a width of nearly its ratio"
-        )
+        said = f"image is {image.width} x {image.height} pixels (width x height) and is stretched to {width} x {height}"
+        hint = "to avoid it, crop the image, or give a height and a width of nearly its ratio"
+        warn(f"{said}, another ratio; {hint}")
     resized = image.resize((width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
@@ -76,8 +75,13 @@ def made_by(given: Mapping[str, Any]) -> dict[str, str]:
     info = {key: str(value) for key, value in given.items() if value is not None}
     info |= {"sampler": "Euler", "version": f"fluxlab {fluxlab.__version__}"}
     names = {"steps": "Steps", "sampler": "Sampler", "true_cfg": "CFG scale", "guidance": "Distilled CFG Scale"}
-    names |= {"seed": "Seed", "size": "Size", "strength": "Denoising strength", "variant": "Model"}
-    names |= {"version": "Version"}
+    names |= {
+        "seed": "Seed",
+        "size": "Size",
+        "strength": "Denoising strength",
+        "variant": "Model",
+        "version": "Version",
+    }
     lines = [info["prompt"]]
     if "negative_prompt" in info:
         lines.append(f"Negative prompt: {info['negative_prompt']}")

@@ -1,7 +1,4 @@
-"""Through the VAE and back, whole or in tiles, so that a large picture takes the memory of one tile. Chapter 10.
-
-Axes: batch B, height H, width W, of pixels or of latent cells.
-"""
+"""Through the VAE and back, whole or in tiles, so that a large picture takes the memory of one tile. Chapter 10."""
 
 from __future__ import annotations
 
@@ -34,11 +31,7 @@ def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, side: int, side_ou
     whole. With flux-tiny, a picture of 512 pixels in tiles of 256 is off by 1 to 5 of 255 on average and by 46 to 142
     at its worst place; one of 256 pixels in tiles of 64, by 4 to 13 and by 72 to 194.
 
-    Args:
-        function: what is done with each tile.
-        x: what is cut.
-        side: of a tile of ``x``.
-        side_out: of what ``function`` makes of it.
+    A tile of ``x`` has ``side``, and what ``function`` makes of it ``side_out``.
 
     Source: the algorithm of diffusers' ``AutoencoderKL.tiled_decode``.
     """

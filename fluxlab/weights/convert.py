@@ -59,10 +59,12 @@ def convert(
         transformer, autoencoder = (folder / Path(name).name for name in names)
         convert_part(files.transformer, transformer, variant.transformer, to, dtype)
         convert_part(files.autoencoder, autoencoder, autoencoder_config(variant, files.autoencoder), to, dtype)
-        _copy_folder(files.t5, folder / "text_encoder_2", True, dtype)
-        _copy_folder(files.clip, folder / "text_encoder", True, dtype)
-        _copy_folder(files.t5_tokenizer, folder / "tokenizer_2", False, dtype)
-        _copy_folder(files.clip_tokenizer, folder / "tokenizer", False, dtype)
+        for encoder, tokenizer, number in (
+            (files.t5, files.t5_tokenizer, "_2"),
+            (files.clip, files.clip_tokenizer, ""),
+        ):
+            _copy_folder(encoder, folder / f"text_encoder{number}", True, dtype)
+            _copy_folder(tokenizer, folder / f"tokenizer{number}", False, dtype)
         if to == "diffusers":
             (folder / "scheduler").mkdir()
             _write_json(scheduler_config(variant), folder / "scheduler/scheduler_config.json")
@@ -97,9 +99,8 @@ def _is_part(source: Path) -> bool:
 
 def factors(config: Config) -> dict[str, str]:
     """What an official VAE file leaves to be known: the scale and shift of its latents, to go into its metadata."""
-    if not isinstance(config, AutoEncoderConfig):
-        return {}
-    return {"scale_factor": str(config.scale_factor), "shift_factor": str(config.shift_factor)}
+    names = ("scale_factor", "shift_factor") if isinstance(config, AutoEncoderConfig) else ()
+    return {name: str(getattr(config, name)) for name in names}
 
 
 def _check_output(output: str | Path, to: str) -> None:

@@ -35,10 +35,8 @@ def data_folder() -> Path:
     named = os.environ.get("FLUXLAB_DATA")
     folder = Path(named).expanduser() if named else Path(__file__).resolve().parents[2] / "data"
     if not folder.is_dir():
-        raise WeightsError(
-            f"no data/ folder at {folder}; flux-tiny's weights come with the repository: clone it, and set "
-            f"FLUXLAB_DATA to its data/ folder if fluxlab is installed elsewhere"
-        )
+        hint = "clone it, and set FLUXLAB_DATA to its data/ folder if fluxlab is installed elsewhere"
+        raise WeightsError(f"no data/ folder at {folder}; flux-tiny's weights come with the repository: {hint}")
     return folder
 
 

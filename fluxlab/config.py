@@ -190,21 +190,17 @@ _TINY_DEV = Variant(
 
 def _schnell(base: Variant, **differences: Any) -> Variant:
     """What [schnell] changes: no guidance embedder, no time shift, few steps."""
-    transformer = replace(base.transformer, guidance_embed=False)
-    return replace(base, transformer=transformer, num_steps=4, guidance=None, time_shift=False, **differences)
+    named = {key: vars(base)[key] for key in ("name", "repo", "transformer_file")}
+    changed: dict[str, Any] = {key: value and value.replace("dev", "schnell") for key, value in named.items()}
+    changed |= {"transformer": replace(base.transformer, guidance_embed=False), "num_steps": 4}
+    return replace(base, guidance=None, time_shift=False, **changed, **differences)
 
 
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
         _DEV,
-        _schnell(
-            _DEV,
-            name="flux-schnell",
-            t5_length=256,
-            repo="black-forest-labs/FLUX.1-schnell",
-            transformer_file="flux1-schnell.safetensors",
-        ),
+        _schnell(_DEV, t5_length=256),
         _relative("Krea", guidance=4.5),
         _relative("Kontext", guidance=2.5, num_steps=30, pipeline="FluxKontextPipeline"),
         # 384 = 64 noisy latent + 64 latent of the masked picture + 256 mask (8x8 pixels of each latent cell, 2x2 cells)
@@ -213,7 +209,7 @@ VARIANTS: dict[str, Variant] = {
         _relative("Canny", 128, guidance=30.0, pipeline="FluxControlPipeline"),
         _relative("Depth", 128, guidance=10.0, pipeline="FluxControlPipeline"),
         _TINY_DEV,
-        _schnell(_TINY_DEV, name="flux-tiny-schnell", transformer_file="flux-tiny/flux-tiny-schnell.safetensors"),
+        _schnell(_TINY_DEV),
     )
 }
 

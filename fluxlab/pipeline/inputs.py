@@ -59,9 +59,9 @@ def first_inputs(
     """Noise and text with what goes along in the first forward: each token's place, time 1, and guidance if any."""
     batch, ids = len(img), ids_device(img.device)
     ones = torch.ones(batch, dtype=torch.float32, device=img.device)
-    places = image_ids(batch, height, width, device=ids), text_ids(batch, txt.shape[1], device=ids)
+    img_ids, txt_ids = image_ids(batch, height, width, device=ids), text_ids(batch, txt.shape[1], device=ids)
     strength = None if guidance is None else torch.full_like(ones, guidance)
-    return FluxInputs(img, places[0], txt, places[1], ones, y, strength)
+    return FluxInputs(img, img_ids, txt, txt_ids, ones, y, strength)
 
 
 def example_inputs(

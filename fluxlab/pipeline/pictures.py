@@ -75,13 +75,8 @@ def made_by(given: Mapping[str, Any]) -> dict[str, str]:
     info = {key: str(value) for key, value in given.items() if value is not None}
     info |= {"sampler": "Euler", "version": f"fluxlab {fluxlab.__version__}"}
     names = {"steps": "Steps", "sampler": "Sampler", "true_cfg": "CFG scale", "guidance": "Distilled CFG Scale"}
-    names |= {
-        "seed": "Seed",
-        "size": "Size",
-        "strength": "Denoising strength",
-        "variant": "Model",
-        "version": "Version",
-    }
+    names |= {"seed": "Seed", "size": "Size", "strength": "Denoising strength", "variant": "Model"}
+    names |= {"version": "Version"}
     lines = [info["prompt"]]
     if "negative_prompt" in info:
         lines.append(f"Negative prompt: {info['negative_prompt']}")

@@ -168,7 +168,7 @@ class Pipeline:
         for part in parts:
             part.to(device=device, dtype=dtype)
         self.device = self.text.device = self.device if device is None else device
-        self.dtype = self.dtype if dtype is None else dtype
+        self.dtype = dtype or self.dtype
         return self
 
     def __repr__(self) -> str:
@@ -239,13 +239,10 @@ def _first_step(num_steps: int, image: Image.Image | None, strength: float | Non
 def load(
     name: str, source: str | Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Pipeline:
-    """A model with its weights, ready to paint. The flux-tiny variants are carried in the repository.
+    """A model with its weights, ready to paint; in float32 for flux-tiny and in bfloat16 for the others by default.
 
-    Args:
-        name: of the variant.
-        source: for the others, a folder laid out as the official repository is, or that repository's hub name.
-        device: where the weights go.
-        dtype: of the weights: float32 for flux-tiny and bfloat16 for the others by default.
+    The flux-tiny variants are carried in the repository. The source of the others is a folder laid out as the official
+    repository is, or that repository's hub name.
 
     Raises:
         ConfigError: no such variant.
@@ -269,6 +266,5 @@ def load(
         model, autoencoder = Flux(chosen.transformer), AutoEncoder(autoencoder_config(chosen, files.autoencoder))
     load_weights(model, files.transformer, device, dtype)
     load_weights(autoencoder, files.autoencoder, device, dtype)
-    lengths, tokenizers = (chosen.t5_length, chosen.clip_length), (files.t5_tokenizer, files.clip_tokenizer)
-    text = TextEncoders.load(files.t5, files.clip, *lengths, *tokenizers, device=device, dtype=dtype)
-    return Pipeline(chosen, model, autoencoder, text, device, dtype)
+    more = (chosen.t5_length, chosen.clip_length, files.t5_tokenizer, files.clip_tokenizer, device, dtype)
+    return Pipeline(chosen, model, autoencoder, TextEncoders.load(files.t5, files.clip, *more), device, dtype)

@@ -55,15 +55,7 @@ class TextEncoders:
     ) -> TextEncoders:
         """Load both from folders in the Hugging Face format, or from hub names. Only safetensors are read.
 
-        Args:
-            t5: folder or hub name of the T5 encoder.
-            clip: the same of CLIP's text model.
-            t5_length: tokens a prompt is padded to for T5.
-            clip_length: the same for CLIP.
-            t5_tokenizer: where the tokenizer is, if not with the encoder.
-            clip_tokenizer: likewise.
-            device: where the weights go.
-            dtype: of the weights.
+        Each tokenizer is looked for with its encoder, if not named; prompts are padded to the lengths, in tokens.
 
         Raises:
             OSError: neither a folder nor a hub name that can be reached.

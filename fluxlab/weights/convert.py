@@ -27,22 +27,18 @@ def convert(
 ) -> None:
     """Convert a whole model: transformer, autoencoder, text encoders, tokenizers and scheduler; or one part of it.
 
-    The text encoders and tokenizers are the same in both layouts. What is written is read back and compared.
-
-    Args:
-        variant: which model.
-        output: the folder to make: a diffusers pipeline, or a folder laid out as the official repository is. Of one
-            part: a diffusers folder, or an official file. It is written whole or not at all.
-        to: the layout to write.
-        source: a folder in the other layout; nothing for the variants carried in data/, to diffusers. Or one part, a
-            transformer or an autoencoder: a file, a folder of shards, or their index.
-        dtype: to cast all weights to; by default each tensor keeps its own.
+    The text encoders and tokenizers are the same in both layouts. What is written is read back and compared. The
+    output is a diffusers pipeline, or a folder laid out as the official repository is; of one part, a diffusers
+    folder or an official file. The source is a folder in the other layout, or nothing for the variants carried in
+    data/, to diffusers; or one part, a transformer or an autoencoder: a file, a folder of shards, or their index.
+    Without ``dtype``, each tensor keeps its own.
 
     Raises:
         WeightsError: a part is missing, is not this variant's, or is in that layout already; or the output exists.
     """
     _check_output(output, to)
-    if source is not None and _is_part(Path(source).expanduser()):
+    part = Path(source or "").expanduser()  # a whole model's folder has its text encoders in it
+    if source and (part.is_file() or (any(part.glob("*.safetensors*")) and not any(part.glob("text_encoder*")))):
         vae = "encoder.conv_in.weight" in Checkpoint(source)
         config: Config = autoencoder_config(variant, source) if vae else variant.transformer
         return convert_part(source, output, config, to, dtype)
@@ -90,11 +86,6 @@ def convert_part(
             _write_json(diffusers_config(config), file / "config.json")
             file /= "diffusion_pytorch_model.safetensors"
         _write(entries, lambda: _converted(checkpoint, config, to), file, factors(config) if to == "official" else {})
-
-
-def _is_part(source: Path) -> bool:
-    """Whether these are the weights of one part; a whole model's folder has its text encoders' in it."""
-    return source.is_file() or (any(source.glob("*.safetensors*")) and not any(source.glob("text_encoder*")))
 
 
 def factors(config: Config) -> dict[str, str]:

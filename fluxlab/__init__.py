@@ -28,49 +28,9 @@ from fluxlab.weights.load import load_weights
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "VARIANTS",
-    "AutoEncoder",
-    "AutoEncoderConfig",
-    "ConfigError",
-    "Flux",
-    "FluxConfig",
-    "FluxInputs",
-    "Pipeline",
-    "Step",
-    "Tape",
-    "Variant",
-    "WeightsError",
-    "apply_rope",
-    "block_diagram",
-    "build",
-    "capture",
-    "check",
-    "compare",
-    "denoise",
-    "example_inputs",
-    "explain",
-    "explore",
-    "export_onnx",
-    "flops",
-    "graph",
-    "image_ids",
-    "load",
-    "load_weights",
-    "memory",
-    "model_map",
-    "noise",
-    "pack",
-    "parameter_table",
-    "patch",
-    "plots",
-    "rope",
-    "schedule",
-    "summary",
-    "tensor_names",
-    "text_ids",
-    "timestep_embedding",
-    "unpack",
-    "variant",
-    "working_memory",
-]
+__all__ = ["VARIANTS", "AutoEncoderConfig", "ConfigError", "FluxConfig", "Variant", "WeightsError", "variant"]
+__all__ += ["AutoEncoder", "Flux", "apply_rope", "build", "load_weights", "rope", "timestep_embedding"]
+__all__ += ["FluxInputs", "Pipeline", "Step", "denoise", "example_inputs", "export_onnx", "load", "schedule"]
+__all__ += ["image_ids", "noise", "pack", "text_ids", "unpack"]
+__all__ += ["Tape", "capture", "check", "compare", "explain", "explore", "patch", "plots", "tensor_names"]
+__all__ += ["block_diagram", "flops", "graph", "memory", "model_map", "parameter_table", "summary", "working_memory"]

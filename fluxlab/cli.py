@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,13 +22,12 @@ from fluxlab.tiny.recipe import SMOKE, Recipe
 from fluxlab.tiny.train import train
 from fluxlab.weights.convert import convert as convert_model
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # which would swallow "[default: ...]"
-    help="FLUX.1, opened.",
-)
+_TINY = "flux-tiny-dev"
+_SOURCE = """A whole model's folder in the other layout; or one part, a transformer or an autoencoder: a file, or a
+diffusers folder of shards. Not needed for flux-tiny, to diffusers."""
+
+_OPTIONS: Any = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False}
+app = typer.Typer(help="FLUX.1, opened.", rich_markup_mode=None, **_OPTIONS)  # markup would swallow "[default: ...]"
 
 
 def _command(function: Callable[..., None]) -> None:
@@ -50,7 +50,7 @@ def _command(function: Callable[..., None]) -> None:
 def generate(
     prompt: Annotated[str, Argument(help="What to paint.")],
     output: Annotated[Path, Option(help="The PNG file to write.")] = Path("picture.png"),
-    variant: Annotated[str, Option(help="Which model.")] = "flux-tiny-dev",
+    variant: Annotated[str, Option(help="Which model.")] = _TINY,
     source: Annotated[str | None, Option(help="A full-size model: its folder, or hub repository (owner/name).")] = None,
     steps: Annotated[int | None, Option(help="Forwards of the model. [default: the variant's]")] = None,
     guidance: Annotated[float | None, Option(help="Distilled guidance. [default: the variant's]")] = None,
@@ -61,13 +61,14 @@ def generate(
     strength: Annotated[float | None, Option(help="How much of --image becomes noise, (0, 1]. [default: 0.7]")] = None,
     negative_prompt: Annotated[str | None, Option(help="What --true-cfg leads away from.")] = None,
     true_cfg: Annotated[float, Option(help="Above 1: guidance by a second forward a step.")] = 1.0,
+    tiled: Annotated[bool, Option("--tiled", help="A large picture through the VAE in tiles: less memory.")] = False,
     device: Annotated[str, Option(help="cpu, cuda or mps.")] = "cpu",
 ) -> None:
     """Paint a prompt."""
     if output.is_dir() or Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--output is {str(output)!r}; give the name of a picture, such as picture.png")
     options: Any = {"guidance": guidance, "width": width, "height": height, "strength": strength, "true_cfg": true_cfg}
-    options |= {"seed": seed, "num_steps": steps, "negative_prompt": negative_prompt}
+    options |= {"seed": seed, "num_steps": steps, "negative_prompt": negative_prompt, "tiled": tiled}
     with replacing(output) as temporary:
         start = Image.open(image) if image else None
         picture: Any = fl.load(variant, source, device)(prompt, image=start, **options)
@@ -92,13 +93,11 @@ def export(
         fl.export_onnx(variant, target, part, weights=weights, source=source, dtype=dtype, opset=opset, flat=flat)  # type: ignore[arg-type]
         return typer.echo(f"{target}: {target.stat().st_size / 1e3:,.0f} kB")
     output.mkdir(parents=True, exist_ok=True)
-    whole = ("flux-dev", "flux-schnell", "flux-tiny-dev")
-    made: dict[str, Any] = {f"{name}-map.svg": fl.model_map(name) for name in whole}
-    for name in ("flux-dev", "flux-tiny-dev"):
-        made[f"{name}-double-block.svg"] = fl.block_diagram("double", name)
-        made[f"{name}-single-block.svg"] = fl.block_diagram("single", name)
-    made["flux-tiny-dev-graph.svg"] = fl.graph(fl.build("flux-tiny-dev"), fl.example_inputs("flux-tiny-dev"))
-    made |= {f"{name}-gallery.png": gallery(name) for name in ("flux-tiny-dev", "flux-tiny-schnell")}
+    made: dict[str, Any] = {f"{name}-map.svg": fl.model_map(name) for name in ("flux-dev", "flux-schnell", _TINY)}
+    for name, block in product(("flux-dev", _TINY), ("double", "single")):
+        made[f"{name}-{block}-block.svg"] = fl.block_diagram(block, name)  # type: ignore[arg-type]
+    made[f"{_TINY}-graph.svg"] = fl.graph(fl.build(_TINY), fl.example_inputs(_TINY))
+    made |= {f"{name}-gallery.png": gallery(name) for name in (_TINY, "flux-tiny-schnell")}
     for file, thing in made.items():
         thing.save(output / file)
         typer.echo(output / file)
@@ -136,21 +135,14 @@ def summary(
 def convert(
     variant: Annotated[str, Argument(help="Which model.")],
     output: Annotated[Path, Argument(help="The folder, or for one part the file or folder, to make.")],
-    source: Annotated[
-        str | None,
-        Option(
-            help="A whole model's folder in the other layout; or one part, a transformer or an autoencoder: a file, or "
-            "a diffusers folder of shards. Not needed for flux-tiny, to diffusers."
-        ),
-    ] = None,
+    source: Annotated[str | None, Option(help=_SOURCE)] = None,
     to: Annotated[str, Option(help="The layout to write: diffusers or official.")] = "diffusers",
     dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16. [default: as it is]")] = None,
 ) -> None:
     """Convert weights between the official layout and diffusers', and read them back to check."""
-    dtypes: Any = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in dtypes:
+    if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}; choose float32, bfloat16 or float16")
-    convert_model(fl.variant(variant), output, to, source, dtypes[dtype])  # type: ignore[arg-type]
+    convert_model(fl.variant(variant), output, to, source, dtype and getattr(torch, dtype))  # type: ignore[arg-type]
     typer.echo(f"{output}: written, read back, and equal")
 
 

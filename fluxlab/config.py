@@ -19,7 +19,7 @@ class ConfigError(ValueError):
     """A config whose numbers do not fit together, or a variant that does not exist."""
 
 
-def whole(name: str, value: Any, least: int = 1, most: int = 2**64 - 1) -> int:
+def whole(name: str, value: Any, least: int = 1, most: int = 2**64 - 1, error: type[ValueError] = ValueError) -> int:
     """An argument as an int: Python's, numpy's or a tensor's.
 
     Raises:
@@ -31,16 +31,13 @@ def whole(name: str, value: Any, least: int = 1, most: int = 2**64 - 1) -> int:
         number = least - 1
     if not least <= number <= most:
         limit = f"at least {least}" if number < least else f"at most {most}"
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of {limit}")
+        raise error(f"{name} is {value!r}; it must be a whole number of {limit}")
     return number
 
 
 def _check_sizes(config: Any, *names: str, least: int = 1) -> None:
-    try:
-        for name in names:
-            whole(name, getattr(config, name), least)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    for name in names:
+        whole(name, getattr(config, name), least, error=ConfigError)
 
 
 @dataclass(frozen=True)
@@ -74,10 +71,8 @@ class FluxConfig:
         if any(dim < 2 or dim % 2 for dim in self.axes_dim):
             raise ConfigError(f"axes_dim is {self.axes_dim}; RoPE turns features in pairs: give positive even numbers")
         if sum(self.axes_dim) != self.head_dim:
-            raise ConfigError(
-                f"axes_dim is {self.axes_dim}, which sums to {sum(self.axes_dim)}; it must sum to the width of a "
-                f"head, hidden_size / num_heads = {self.head_dim}"
-            )
+            said = f"axes_dim is {self.axes_dim}, which sums to {sum(self.axes_dim)}"
+            raise ConfigError(f"{said}; it must sum to the width of a head, hidden_size / num_heads = {self.head_dim}")
 
     @property
     def head_dim(self) -> int:
@@ -121,30 +116,28 @@ class AutoEncoderConfig:
 
 @dataclass(frozen=True)
 class Variant:
-    """One published model: its parts, where they are found, and what to call it with by default."""
+    """One published model: its parts, where they are found, and how it is usually called. The defaults are [dev]'s."""
 
     name: str
-    transformer: FluxConfig
-    autoencoder: AutoEncoderConfig
-    t5: str  # the T5 encoder and its tokenizer: a folder below data/, or the hub name of the encoder by itself
-    clip: str  # the same for CLIP's text model
-    t5_length: int  # text tokens the prompt is padded to
-    clip_length: int  # tokens CLIP reads
-    num_steps: int  # the usual number of steps
-    guidance: float | None  # the usual guidance; None where there is no guidance embedder
-    time_shift: bool  # whether the schedule bends with the number of image tokens
-    repo: str | None  # the hub repository of the official files; None where data/ carries them
-    transformer_file: str  # the single-file checkpoint of the transformer
-    autoencoder_file: str  # the same for the VAE
+    transformer: FluxConfig = FluxConfig()
+    autoencoder: AutoEncoderConfig = AutoEncoderConfig()
+    t5: str = "google/t5-v1_1-xxl"  # the encoder, with its tokenizer: a folder below data/, or its hub name
+    clip: str = "openai/clip-vit-large-patch14"  # the same for CLIP's text model
+    t5_length: int = 512  # text tokens the prompt is padded to
+    clip_length: int = 77  # tokens CLIP reads
+    num_steps: int = 50  # the usual number of steps
+    guidance: float | None = 3.5  # the usual guidance; None where there is no guidance embedder
+    time_shift: bool = True  # whether the schedule bends with the number of image tokens
+    repo: str | None = "black-forest-labs/FLUX.1-dev"  # of the official files; None where data/ carries them
+    transformer_file: str = "flux1-dev.safetensors"  # the single-file checkpoint of the transformer
+    autoencoder_file: str = "ae.safetensors"  # the same for the VAE
     size: int = 1024  # the usual side of a picture, in pixels
     pipeline: str = "FluxPipeline"  # diffusers' class that paints with it
 
     def __post_init__(self) -> None:
         if len(self.autoencoder.ch_mult) != 4:
-            raise ConfigError(
-                f"ch_mult is {self.autoencoder.ch_mult}; a variant's VAE has 4 resolutions, since FLUX's tokens and "
-                f"sizes are those of a latent 8 times smaller than the picture"
-            )
+            why = "since FLUX's tokens and sizes are those of a latent 8 times smaller than the picture"
+            raise ConfigError(f"ch_mult is {self.autoencoder.ch_mult}; a variant's VAE has 4 resolutions, {why}")
 
     @property
     def embedded(self) -> bool:
@@ -152,21 +145,7 @@ class Variant:
         return self.repo is None
 
 
-_DEV = Variant(
-    name="flux-dev",
-    transformer=FluxConfig(),
-    autoencoder=AutoEncoderConfig(),
-    t5="google/t5-v1_1-xxl",
-    clip="openai/clip-vit-large-patch14",
-    t5_length=512,
-    clip_length=77,
-    num_steps=50,
-    guidance=3.5,
-    time_shift=True,
-    repo="black-forest-labs/FLUX.1-dev",
-    transformer_file="flux1-dev.safetensors",
-    autoencoder_file="ae.safetensors",
-)
+_DEV = Variant("flux-dev")
 
 
 def _relative(title: str, in_channels: int = 64, **differences: Any) -> Variant:
@@ -177,7 +156,7 @@ def _relative(title: str, in_channels: int = 64, **differences: Any) -> Variant:
 
 
 _TINY_DEV = Variant(
-    name="flux-tiny-dev",
+    "flux-tiny-dev",
     transformer=FluxConfig(
         vec_in_dim=64,
         context_in_dim=128,
@@ -202,7 +181,6 @@ _TINY_DEV = Variant(
     clip_length=32,
     num_steps=20,
     guidance=4.0,
-    time_shift=True,
     repo=None,
     transformer_file="flux-tiny/flux-tiny-dev.safetensors",
     autoencoder_file="flux-tiny/ae.safetensors",
@@ -212,21 +190,17 @@ _TINY_DEV = Variant(
 
 def _schnell(base: Variant, **differences: Any) -> Variant:
     """What [schnell] changes: no guidance embedder, no time shift, few steps."""
-    transformer = replace(base.transformer, guidance_embed=False)
-    return replace(base, transformer=transformer, num_steps=4, guidance=None, time_shift=False, **differences)
+    named = {key: vars(base)[key] for key in ("name", "repo", "transformer_file")}
+    changed: dict[str, Any] = {key: value and value.replace("dev", "schnell") for key, value in named.items()}
+    changed |= {"transformer": replace(base.transformer, guidance_embed=False), "num_steps": 4}
+    return replace(base, guidance=None, time_shift=False, **changed, **differences)
 
 
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
         _DEV,
-        _schnell(
-            _DEV,
-            name="flux-schnell",
-            t5_length=256,
-            repo="black-forest-labs/FLUX.1-schnell",
-            transformer_file="flux1-schnell.safetensors",
-        ),
+        _schnell(_DEV, t5_length=256),
         _relative("Krea", guidance=4.5),
         _relative("Kontext", guidance=2.5, num_steps=30, pipeline="FluxKontextPipeline"),
         # 384 = 64 noisy latent + 64 latent of the masked picture + 256 mask (8x8 pixels of each latent cell, 2x2 cells)
@@ -235,7 +209,7 @@ VARIANTS: dict[str, Variant] = {
         _relative("Canny", 128, guidance=30.0, pipeline="FluxControlPipeline"),
         _relative("Depth", 128, guidance=10.0, pipeline="FluxControlPipeline"),
         _TINY_DEV,
-        _schnell(_TINY_DEV, name="flux-tiny-schnell", transformer_file="flux-tiny/flux-tiny-schnell.safetensors"),
+        _schnell(_TINY_DEV),
     )
 }
 

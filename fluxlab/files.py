@@ -32,10 +32,9 @@ class Checkpoint(Mapping[str, Tensor]):
     """The tensors of a safetensors file, or of shards, by name; each is read when it is asked for."""
 
     def __init__(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """
-        Args:
-            path: of a file, of a folder with one file or with shards and their index, or of such an index.
-            dtype: what floating tensors are cast to when they are read; by default each keeps its own.
+        """Of a file, a folder with one file or with shards and their index, or such an index.
+
+        With ``dtype``, floating tensors are cast to it when they are read.
 
         Raises:
             WeightsError: no such path, a file of it is not whole safetensors, or a name is in two files.
@@ -98,19 +97,15 @@ def _open(path: Path) -> safe_open:
     except SafetensorError as error:
         with path.open("rb") as file:
             start = file.read(64).lstrip()
-        whole = f"not a whole safetensors file: {path.stat().st_size:,} bytes ({error}); fetch or write it again"
-        said = next((said for magic, said in _OTHERS.items() if start.startswith(magic)), whole)
+        torn = f"not a whole safetensors file: {path.stat().st_size:,} bytes ({error}); fetch or write it again"
+        said = next((said for magic, said in _OTHERS.items() if start.startswith(magic)), torn)
         raise WeightsError(f"{path}: {said}") from error
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error}); look at its permissions") from error
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a file.
-
-    Raises:
-        WeightsError: the file cannot be read.
-    """
+    """All tensors of a file, or a ``WeightsError``."""
     return dict(Checkpoint(path))
 
 
@@ -158,13 +153,9 @@ def stream_tensors(
     path: str | Path,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file one tensor at a time, so that the memory it takes is that of one tensor.
+    """Write a safetensors file, whole or not at all, one tensor at a time, so that it takes the memory of one tensor.
 
-    Args:
-        entries: every tensor's shape and dtype, in the order of the file; its values are not looked at.
-        tensors: name and value, in the same order.
-        path: of the file, which is written whole or not at all.
-        metadata: words to go with them.
+    ``entries`` give every tensor's shape and dtype, ``tensors`` its name and value, both in the order of the file.
 
     Raises:
         WeightsError: what comes is not what ``entries`` says.

@@ -29,6 +29,15 @@ def test_generate_starts_from_a_picture(tmp_path, tiny):
     assert Image.open(output).tobytes() == expected.tobytes()
 
 
+def test_generate_paints_in_tiles(tmp_path, tiny):
+    options = {"num_steps": 1, "height": 272, "width": 128}  # a tile is 256 pixels
+    output = tmp_path / "tall.png"
+    result = run("generate", "a red ring", "--output", output, "--steps", 1, "--height", 272, "--width", 128, "--tiled")
+    assert result.exit_code == 0, result.output
+    assert Image.open(output).tobytes() == tiny("a red ring", tiled=True, progress=False, **options).tobytes()
+    assert Image.open(output).tobytes() != tiny("a red ring", progress=False, **options).tobytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -31,8 +31,7 @@ def finite(tensor: Tensor, what: str) -> Tensor:
         ValueError: a value of it is infinite or not a number.
     """
     if tensor.device.type != "meta" and not tensor.isfinite().all():
-        bad = int((~tensor.isfinite()).sum())
-        advice = "look at the weights and at what they were given"
+        bad, advice = int((~tensor.isfinite()).sum()), "look at the weights and at what they were given"
         if tensor.dtype == torch.float16:
             advice = "float16 ends at 65504, which FLUX exceeds: use bfloat16 or float32, as in pipe.to(torch.bfloat16)"
         raise ValueError(f"{what} has {bad} of {tensor.numel()} values that are not finite; {advice}")

@@ -53,6 +53,17 @@ class FluxInputs:
         return "\n".join(["FluxInputs", *rows])
 
 
+def first_inputs(
+    img: Tensor, txt: Tensor, y: Tensor, height: int, width: int, guidance: float | None = None
+) -> FluxInputs:
+    """Noise and text with what goes along in the first forward: each token's place, time 1, and guidance if any."""
+    batch, ids = len(img), ids_device(img.device)
+    ones = torch.ones(batch, dtype=torch.float32, device=img.device)
+    img_ids, txt_ids = image_ids(batch, height, width, device=ids), text_ids(batch, txt.shape[1], device=ids)
+    strength = None if guidance is None else torch.full_like(ones, guidance)
+    return FluxInputs(img, img_ids, txt, txt_ids, ones, y, strength)
+
+
 def example_inputs(
     name: str,
     height: int | None = None,
@@ -75,19 +86,12 @@ def example_inputs(
     rows, columns = grid(height, width)
     drawn = "meta" if torch.device(device).type == "meta" else "cpu"
     seeded = None if drawn == "meta" else generator(seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=seeded, dtype=torch.float32, device=drawn).to(device, dtype)
-
-    def full(value: float) -> Tensor:
-        return torch.full((batch,), value, dtype=torch.float32, device=device)
-
-    return FluxInputs(
-        img=randn(batch, rows * columns, config.in_channels),
-        img_ids=image_ids(batch, height, width, device=ids_device(device)),
-        txt=randn(batch, chosen.t5_length, config.context_in_dim),
-        txt_ids=text_ids(batch, chosen.t5_length, device=ids_device(device)),
-        timesteps=full(1.0),
-        y=randn(batch, config.vec_in_dim),
-        guidance=None if chosen.guidance is None else full(chosen.guidance),
+    img, txt, y = (
+        torch.randn(batch, *shape, generator=seeded, dtype=torch.float32, device=drawn).to(device, dtype)
+        for shape in (
+            (rows * columns, config.in_channels),
+            (chosen.t5_length, config.context_in_dim),
+            (config.vec_in_dim,),
+        )
     )
+    return first_inputs(img, txt, y, height, width, chosen.guidance)

@@ -1,7 +1,7 @@
 """What the tokens are: noise, packing, and the place of each token. Opened in chapter 02.
 
 The VAE makes a latent 8 times smaller than the picture; 2x2 patches of the latent are the image tokens, so one token
-stands for 16x16 pixels. Axes: batch B, latent channels c, latent height h and width w, image tokens I, text tokens T.
+stands for 16x16 pixels.
 """
 
 from __future__ import annotations
@@ -70,24 +70,18 @@ def unpack(
     """
     rows, columns = grid(height, width)
     if tokens.shape[1] != rows * columns:
-        raise ValueError(
-            f"tokens has {tokens.shape[1]} image tokens, but a picture {height} high and {width} wide has "
-            f"{rows} x {columns} = {rows * columns}; give the size that the tokens were packed from"
-        )
+        size = f"a picture {height} high and {width} wide has {rows} x {columns} = {rows * columns}"
+        said = f"tokens has {tokens.shape[1]} image tokens, but {size}"
+        raise ValueError(f"{said}; give the size that the tokens were packed from")
     return rearrange(tokens, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=rows, ph=PATCH, pw=PATCH)
 
 
 def image_ids(
     batch: int, height: int, width: int, index: int = 0, device: torch.device | str = "cpu"
 ) -> Float[Tensor, "batch image_tokens 3"]:
-    """Index, row and column of each image token, in float32, in the order of ``pack``.
+    """Index, row and column of each image token of pictures of a size in pixels, in float32, in the order of ``pack``.
 
-    Args:
-        batch: number of pictures.
-        height: of the picture, in pixels.
-        width: of the picture, in pixels.
-        index: 0 for the picture that is made; Kontext puts 1 on the picture it is shown.
-        device: where the ids are made.
+    The index is 0 for the picture that is made; Kontext puts 1 on the picture it is shown.
     """
     rows, columns = grid(height, width)
     ids = torch.zeros(rows, columns, 3, dtype=torch.float32, device=device)

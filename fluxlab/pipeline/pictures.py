@@ -58,10 +58,9 @@ def as_pixels(image: Image.Image, height: int, width: int) -> Float[Tensor, "1 r
     The published pipelines resize so too. Above 5 % of distortion, a warning says it.
     """
     if not 1 / 1.05 <= width / height * image.height / image.width <= 1.05:
-        warn(
-            f"image is {image.width} x {image.height} pixels (width x height) and is stretched to {width} x {height}, "
-            f"another ratio; to avoid it, crop the image, or give a height and a width of nearly its ratio"
-        )
+        said = f"image is {image.width} x {image.height} pixels (width x height) and is stretched to {width} x {height}"
+        hint = "to avoid it, crop the image, or give a height and a width of nearly its ratio"
+        warn(f"{said}, another ratio; {hint}")
     resized = image.resize((width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 127.5 - 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isfinite
 from numbers import Real
 from pathlib import Path
@@ -19,8 +19,8 @@ from fluxlab.config import Variant, variant, whole
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.checks import as_list
-from fluxlab.pipeline.inputs import FluxInputs
-from fluxlab.pipeline.latents import PIXELS, grid, ids_device, image_ids, noise, pack, text_ids, unpack
+from fluxlab.pipeline.inputs import FluxInputs, first_inputs
+from fluxlab.pipeline.latents import PIXELS, grid, noise, pack, unpack
 from fluxlab.pipeline.pictures import Picture, as_pictures, as_pixels, as_seen, made_by
 from fluxlab.pipeline.sampling import Step, denoise
 from fluxlab.pipeline.schedule import schedule
@@ -106,15 +106,9 @@ class Pipeline:
         rows, columns = grid(height, width)
         times = schedule(num_steps, rows * columns, shift=self.variant.time_shift)
         pixels = None if image is None else as_pixels(image, height, width)
-
         inputs = self.prepare(prompts, seeds, height, width, guidance)
-        negative = None
-        if true_cfg != 1:
-            txt, y = self.text([negative_prompt or ""])
-            negative = replace(
-                inputs, txt=txt.to(inputs.txt).expand_as(inputs.txt), y=y.to(inputs.y).expand_as(inputs.y)
-            )
-
+        away = [negative_prompt or ""] * len(prompts)
+        negative = None if true_cfg == 1 else self.prepare(away, seeds, height, width, guidance)
         if pixels is not None:
             times = times[start:]
             latent = pack(encode(self.autoencoder, pixels.to(self.device, self.dtype), tiled))
@@ -131,8 +125,8 @@ class Pipeline:
         tokens = denoise(self.model, inputs, times, negative, true_cfg, watch, progress)
         pictures = self.decode(tokens, height, width, tiled)
         used: dict[str, Any] = {"steps": num_steps, "guidance": self._guidance(guidance), "true_cfg": true_cfg}
-        used |= {"negative_prompt": negative_prompt, "strength": strength}
-        used |= {"size": f"{width}x{height}", "variant": self.variant.name}
+        size = {"size": f"{width}x{height}", "variant": self.variant.name}
+        used |= {"negative_prompt": negative_prompt, "strength": strength} | size
         for picture, text, number in zip(pictures, prompts, seeds, strict=True):
             picture.info.update(made_by({"prompt": text, "seed": number} | used))
         single = isinstance(prompt, str) and np.ndim(seed) == 0 and len(pictures) == 1
@@ -149,22 +143,10 @@ class Pipeline:
             ValueError: guidance for a model without its embedder; a text encoder's output is not finite.
         """
         prompts = as_list("prompt", prompts)
-        guidance, batch, ids = self._guidance(guidance), len(prompts), ids_device(self.device)
-        different = list(dict.fromkeys(prompts))  # each is encoded once
+        guidance, different = self._guidance(guidance), list(dict.fromkeys(prompts))  # each is encoded once
         txt, y = (encoded[[different.index(prompt) for prompt in prompts]] for encoded in self.text(different))
-
-        def full(value: float) -> Tensor:
-            return torch.full((batch,), value, dtype=torch.float32, device=self.device)
-
-        return FluxInputs(
-            img=pack(noise(seeds, height, width, self.autoencoder.config.z_channels)).to(self.device, self.dtype),
-            img_ids=image_ids(batch, height, width, device=ids),
-            txt=txt.to(self.device, self.dtype),
-            txt_ids=text_ids(batch, txt.shape[1], device=ids),
-            timesteps=full(1.0),
-            y=y.to(self.device, self.dtype),
-            guidance=None if guidance is None else full(guidance),
-        )
+        img = pack(noise(seeds, height, width, self.autoencoder.config.z_channels)).to(self.device, self.dtype)
+        return first_inputs(img, txt.to(img), y.to(img), height, width, guidance)
 
     @torch.no_grad()
     def decode(
@@ -186,38 +168,31 @@ class Pipeline:
         for part in parts:
             part.to(device=device, dtype=dtype)
         self.device = self.text.device = self.device if device is None else device
-        self.dtype = self.dtype if dtype is None else dtype
+        self.dtype = dtype or self.dtype
         return self
 
     def __repr__(self) -> str:
-        parameters = sum(p.numel() for p in self.model.parameters())
-        return (
-            f"Pipeline({self.variant.name}: {parameters:,} parameters in the transformer, {self.dtype}, {self.device})"
-        )
+        parameters = f"{sum(p.numel() for p in self.model.parameters()):,} parameters in the transformer"
+        return f"Pipeline({self.variant.name}: {parameters}, {self.dtype}, {self.device})"
 
     def _guidance(self, guidance: float | None) -> float | None:
         """What the model is given: the usual strength by default, nothing where it has no embedder."""
         if self.model.config.guidance_embed:
             return self.variant.guidance if guidance is None else float(guidance)
         if guidance is not None:
-            raise ValueError(
-                f"guidance is {guidance}, but {self.variant.name} has no guidance embedder and would ignore it; leave "
-                f"it out, or use true_cfg"
-            )
+            said = f"guidance is {guidance}, but {self.variant.name} has no guidance embedder and would ignore it"
+            raise ValueError(f"{said}; leave it out, or use true_cfg")
         return None
 
     def _size(self, height: int | None, width: int | None, image: Image.Image | None) -> tuple[int, int]:
-        usual = [self.variant.size] * 2
-        if image is not None:
-            usual = [max(PIXELS, side // PIXELS * PIXELS) for side in (image.height, image.width)]
-        height, width = (usual[i] if side is None else side for i, side in enumerate((height, width)))
+        sides = []
         for name, side in (("height", height), ("width", width)):
-            if whole(name, side) % PIXELS:
-                raise ValueError(
-                    f"{name} is {side}; it must be a multiple of {PIXELS}, one token is {PIXELS}x{PIXELS} pixels: "
-                    f"try {max(PIXELS, round(side / PIXELS) * PIXELS)}"
-                )
-        return int(height), int(width)
+            usual = self.variant.size if image is None else max(PIXELS, getattr(image, name) // PIXELS * PIXELS)
+            sides.append(whole(name, usual if side is None else side))
+            if sides[-1] % PIXELS:
+                said = f"{name} is {side}; it must be a multiple of {PIXELS}, one token is {PIXELS}x{PIXELS} pixels"
+                raise ValueError(f"{said}: try {max(PIXELS, round(sides[-1] / PIXELS) * PIXELS)}")
+        return sides[0], sides[1]
 
 
 def _batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:
@@ -254,23 +229,20 @@ def _first_step(num_steps: int, image: Image.Image | None, strength: float | Non
     strength = 0.7 if strength is None else strength
     start = min(num_steps - 1, int(num_steps - num_steps * strength))
     if start == 0 and strength < 1:
-        raise ValueError(
-            f"strength is {strength}, and {num_steps} steps take all of that from noise: nothing of image would be "
-            f"left; give more steps, a smaller strength, or 1 if that is meant"
+        said = (
+            f"strength is {strength}, and {num_steps} steps take all of that from noise: nothing of image would be left"
         )
+        raise ValueError(f"{said}; give more steps, a smaller strength, or 1 if that is meant")
     return start, strength
 
 
 def load(
     name: str, source: str | Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Pipeline:
-    """A model with its weights, ready to paint. The flux-tiny variants are carried in the repository.
+    """A model with its weights, ready to paint; in float32 for flux-tiny and in bfloat16 for the others by default.
 
-    Args:
-        name: of the variant.
-        source: for the others, a folder laid out as the official repository is, or that repository's hub name.
-        device: where the weights go.
-        dtype: of the weights: float32 for flux-tiny and bfloat16 for the others by default.
+    The flux-tiny variants are carried in the repository. The source of the others is a folder laid out as the official
+    repository is, or that repository's hub name.
 
     Raises:
         ConfigError: no such variant.
@@ -279,10 +251,9 @@ def load(
     """
     chosen = variant(name)
     if chosen.pipeline in _SHOWN:
-        raise ValueError(
-            f"{name} is shown {_SHOWN[chosen.pipeline]} beside the noise, which this version cannot do yet; to look at "
-            f"it, fl.build({name!r}, device='meta'), `fluxlab convert` and `fluxlab export` work"
-        )
+        said = f"{name} is shown {_SHOWN[chosen.pipeline]} beside the noise, which this version cannot do yet"
+        ways = f"fl.build({name!r}, device='meta'), `fluxlab convert` and `fluxlab export` work"
+        raise ValueError(f"{said}; to look at it, {ways}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -295,6 +266,5 @@ def load(
         model, autoencoder = Flux(chosen.transformer), AutoEncoder(autoencoder_config(chosen, files.autoencoder))
     load_weights(model, files.transformer, device, dtype)
     load_weights(autoencoder, files.autoencoder, device, dtype)
-    lengths, tokenizers = (chosen.t5_length, chosen.clip_length), (files.t5_tokenizer, files.clip_tokenizer)
-    text = TextEncoders.load(files.t5, files.clip, *lengths, *tokenizers, device=device, dtype=dtype)
-    return Pipeline(chosen, model, autoencoder, text, device, dtype)
+    more = (chosen.t5_length, chosen.clip_length, files.t5_tokenizer, files.clip_tokenizer, device, dtype)
+    return Pipeline(chosen, model, autoencoder, TextEncoders.load(files.t5, files.clip, *more), device, dtype)

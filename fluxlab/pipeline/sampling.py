@@ -1,7 +1,4 @@
-"""The loop: ask the model which way, take a step, until the noise is a picture. Opened in chapter 11.
-
-Axes: batch B, image tokens I, channels C.
-"""
+"""The loop: ask the model which way, take a step, until the noise is a picture. Opened in chapter 11."""
 
 from __future__ import annotations
 
@@ -91,8 +88,6 @@ def _checked(times: Sequence[float]) -> list[float]:
     half = str(getattr(times, "dtype", "")).endswith("float16")
     fall = all(isinstance(t, Real) for t in numbers) and all(1 >= a > b >= 0 for a, b in pairwise(numbers))
     if half or not fall or len(numbers) < 2:
-        raise ValueError(
-            f"times is {times!r}; give two or more numbers that fall from 1, which is noise, to 0, which is the "
-            f"picture: not in thousandths, and not in half precision, which rounds them"
-        )
+        wanted = "two or more numbers that fall from 1, which is noise, to 0, which is the picture"
+        raise ValueError(f"times is {times!r}; give {wanted}: not in thousandths, and not in half precision")
     return numbers

@@ -24,12 +24,9 @@ def shift_time(t: float, mu: float) -> float:
 
 
 def schedule(num_steps: int, image_tokens: int, shift: bool = True) -> list[float]:
-    """``num_steps + 1`` times that fall from 1 to 0.
+    """``num_steps + 1`` times that fall from 1 to 0, bent by the image tokens of one picture ([dev]).
 
-    Args:
-        num_steps: forwards of the model.
-        image_tokens: of one picture; used only if ``shift`` is true.
-        shift: whether the schedule bends with the image tokens ([dev]) or falls evenly ([schnell]).
+    Without ``shift`` they fall evenly ([schnell]).
 
     Raises:
         ValueError: one of the two is not a whole number of at least 1.

@@ -2,7 +2,6 @@
 
 Both are transformers' classes, the same for the full model and for flux-tiny. Prompts are padded to a fixed length
 and no attention mask is used, so padding takes part, as it did when FLUX was trained.
-Axes: batch B, text tokens T, channels C.
 """
 
 from __future__ import annotations
@@ -26,6 +25,8 @@ from fluxlab.weights.load import load_encoder
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+Encoded = tuple[Float[Tensor, "batch text context_dim"], Float[Tensor, "batch vec_dim"]]
 
 
 @dataclass(eq=False, repr=False)
@@ -54,15 +55,7 @@ class TextEncoders:
     ) -> TextEncoders:
         """Load both from folders in the Hugging Face format, or from hub names. Only safetensors are read.
 
-        Args:
-            t5: folder or hub name of the T5 encoder.
-            clip: the same of CLIP's text model.
-            t5_length: tokens a prompt is padded to for T5.
-            clip_length: the same for CLIP.
-            t5_tokenizer: where the tokenizer is, if not with the encoder.
-            clip_tokenizer: likewise.
-            device: where the weights go.
-            dtype: of the weights.
+        Each tokenizer is looked for with its encoder, if not named; prompts are padded to the lengths, in tokens.
 
         Raises:
             OSError: neither a folder nor a hub name that can be reached.
@@ -71,19 +64,12 @@ class TextEncoders:
         with importing():
             from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-        return cls(
-            t5=_quietly(T5EncoderModel, t5, dtype).to(device).eval().requires_grad_(False),
-            t5_tokenizer=_tokenizer(T5Tokenizer, t5_tokenizer or t5),
-            t5_length=t5_length,
-            clip=_quietly(CLIPTextModel, clip, dtype).to(device).eval().requires_grad_(False),
-            clip_tokenizer=_tokenizer(CLIPTokenizer, clip_tokenizer or clip),
-            clip_length=clip_length,
-            device=device,
-        )
+        t5_words = _tokenizer(T5Tokenizer, t5_tokenizer or t5)
+        clip_words = _tokenizer(CLIPTokenizer, clip_tokenizer or clip)
+        t5_model, clip_model = _encoder(T5EncoderModel, t5, dtype), _encoder(CLIPTextModel, clip, dtype)
+        return cls(t5_model.to(device), t5_words, t5_length, clip_model.to(device), clip_words, clip_length, device)
 
-    def tokenize(
-        self, prompts: str | Sequence[str]
-    ) -> tuple[Int[Tensor, "batch text_tokens"], Int[Tensor, "batch clip_tokens"]]:
+    def tokenize(self, prompts: str | Sequence[str]) -> tuple[Int[Tensor, "batch text"], Int[Tensor, "batch clip"]]:
         """Token ids for T5 and for CLIP, padded to their lengths; a longer prompt is cut, with a warning.
 
         Raises:
@@ -92,23 +78,17 @@ class TextEncoders:
         prompts = as_list("prompt", prompts)
         if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
             raise ValueError(f"prompt is {wrong[0]!r}; give text")
-        return (
-            _tokenize(self.t5_tokenizer, prompts, self.t5_length, "T5"),
-            _tokenize(self.clip_tokenizer, prompts, self.clip_length, "CLIP"),
-        )
+        t5_ids = _tokenize(self.t5_tokenizer, prompts, self.t5_length, "T5")
+        return t5_ids, _tokenize(self.clip_tokenizer, prompts, self.clip_length, "CLIP")
 
-    def encode(
-        self, t5_ids: Int[Tensor, "batch text_tokens"], clip_ids: Int[Tensor, "batch clip_tokens"]
-    ) -> tuple[Float[Tensor, "batch text_tokens context_dim"], Float[Tensor, "batch vec_dim"]]:
+    def encode(self, t5_ids: Int[Tensor, "batch text"], clip_ids: Int[Tensor, "batch clip"]) -> Encoded:
         """T5's last hidden state (``txt``) and CLIP's pooled output (``y``)."""
         txt = self.t5(input_ids=t5_ids.to(self.device), attention_mask=None).last_hidden_state
         y = self.clip(input_ids=clip_ids.to(self.device), attention_mask=None).pooler_output
         return txt, y
 
     @torch.no_grad()
-    def __call__(
-        self, prompts: str | Sequence[str]
-    ) -> tuple[Float[Tensor, "batch text_tokens context_dim"], Float[Tensor, "batch vec_dim"]]:
+    def __call__(self, prompts: str | Sequence[str]) -> Encoded:
         """``txt`` and ``y`` of each prompt.
 
         Raises:
@@ -121,14 +101,14 @@ class TextEncoders:
         return f"TextEncoders(T5: {self.t5_length} tokens, CLIP: {self.clip_length} tokens, on {self.device})"
 
 
-def _quietly(encoder: Any, source: str | Path, dtype: torch.dtype) -> Any:
+def _encoder(kind: Any, source: str | Path, dtype: torch.dtype) -> Any:
     """Without transformers' progress bar; whatever was set before is set again."""
     from transformers.utils import logging
 
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return load_encoder(encoder, source, dtype)
+        return load_encoder(kind, source, dtype).eval().requires_grad_(False)
     finally:
         if bar:
             logging.enable_progress_bar()

@@ -27,22 +27,18 @@ def convert(
 ) -> None:
     """Convert a whole model: transformer, autoencoder, text encoders, tokenizers and scheduler; or one part of it.
 
-    The text encoders and tokenizers are the same in both layouts. What is written is read back and compared.
-
-    Args:
-        variant: which model.
-        output: the folder to make: a diffusers pipeline, or a folder laid out as the official repository is. Of one
-            part: a diffusers folder, or an official file. It is written whole or not at all.
-        to: the layout to write.
-        source: a folder in the other layout; nothing for the variants carried in data/, to diffusers. Or one part, a
-            transformer or an autoencoder: a file, a folder of shards, or their index.
-        dtype: to cast all weights to; by default each tensor keeps its own.
+    The text encoders and tokenizers are the same in both layouts. What is written is read back and compared. The
+    output is a diffusers pipeline, or a folder laid out as the official repository is; of one part, a diffusers
+    folder or an official file. The source is a folder in the other layout, or nothing for the variants carried in
+    data/, to diffusers; or one part, a transformer or an autoencoder: a file, a folder of shards, or their index.
+    Without ``dtype``, each tensor keeps its own.
 
     Raises:
         WeightsError: a part is missing, is not this variant's, or is in that layout already; or the output exists.
     """
     _check_output(output, to)
-    if source is not None and _is_part(Path(source).expanduser()):
+    part = Path(source or "").expanduser()  # a whole model's folder has its text encoders in it
+    if source and (part.is_file() or (any(part.glob("*.safetensors*")) and not any(part.glob("text_encoder*")))):
         vae = "encoder.conv_in.weight" in Checkpoint(source)
         config: Config = autoencoder_config(variant, source) if vae else variant.transformer
         return convert_part(source, output, config, to, dtype)
@@ -59,10 +55,12 @@ def convert(
         transformer, autoencoder = (folder / Path(name).name for name in names)
         convert_part(files.transformer, transformer, variant.transformer, to, dtype)
         convert_part(files.autoencoder, autoencoder, autoencoder_config(variant, files.autoencoder), to, dtype)
-        _copy_folder(files.t5, folder / "text_encoder_2", True, dtype)
-        _copy_folder(files.clip, folder / "text_encoder", True, dtype)
-        _copy_folder(files.t5_tokenizer, folder / "tokenizer_2", False, dtype)
-        _copy_folder(files.clip_tokenizer, folder / "tokenizer", False, dtype)
+        for encoder, tokenizer, number in (
+            (files.t5, files.t5_tokenizer, "_2"),
+            (files.clip, files.clip_tokenizer, ""),
+        ):
+            _copy_folder(encoder, folder / f"text_encoder{number}", True, dtype)
+            _copy_folder(tokenizer, folder / f"tokenizer{number}", False, dtype)
         if to == "diffusers":
             (folder / "scheduler").mkdir()
             _write_json(scheduler_config(variant), folder / "scheduler/scheduler_config.json")
@@ -90,16 +88,10 @@ def convert_part(
         _write(entries, lambda: _converted(checkpoint, config, to), file, factors(config) if to == "official" else {})
 
 
-def _is_part(source: Path) -> bool:
-    """Whether these are the weights of one part; a whole model's folder has its text encoders' in it."""
-    return source.is_file() or (any(source.glob("*.safetensors*")) and not any(source.glob("text_encoder*")))
-
-
 def factors(config: Config) -> dict[str, str]:
     """What an official VAE file leaves to be known: the scale and shift of its latents, to go into its metadata."""
-    if not isinstance(config, AutoEncoderConfig):
-        return {}
-    return {"scale_factor": str(config.scale_factor), "shift_factor": str(config.shift_factor)}
+    names = ("scale_factor", "shift_factor") if isinstance(config, AutoEncoderConfig) else ()
+    return {name: str(getattr(config, name)) for name in names}
 
 
 def _check_output(output: str | Path, to: str) -> None:

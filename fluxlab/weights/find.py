@@ -10,9 +10,6 @@ from fluxlab.config import Variant
 from fluxlab.files import WeightsError, read_json
 from fluxlab.weights.layouts import Layout
 
-_T5_TOKENIZER = (("tokenizer.json",), ("spiece.model",))  # either will do
-_CLIP_TOKENIZER = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-
 
 @dataclass(frozen=True)
 class Files:
@@ -35,23 +32,18 @@ def data_folder() -> Path:
     named = os.environ.get("FLUXLAB_DATA")
     folder = Path(named).expanduser() if named else Path(__file__).resolve().parents[2] / "data"
     if not folder.is_dir():
-        raise WeightsError(
-            f"no data/ folder at {folder}; flux-tiny's weights come with the repository: clone it, and set "
-            f"FLUXLAB_DATA to its data/ folder if fluxlab is installed elsewhere"
-        )
+        hint = "clone it, and set FLUXLAB_DATA to its data/ folder if fluxlab is installed elsewhere"
+        raise WeightsError(f"no data/ folder at {folder}; flux-tiny's weights come with the repository: {hint}")
     return folder
 
 
 def find_files(variant: Variant, source: str | Path | None = None, layout: Layout = "official") -> Files:
-    """The files of a variant, and whether its text encoders are as wide as the transformer takes them.
+    """The files of a variant, once its text encoders are seen to be as wide as the transformer takes them.
 
-    Args:
-        variant: which model.
-        source: for the embedded variants nothing; else a folder laid out as the official repository is
-            (``flux1-dev.safetensors``, ``ae.safetensors``, ``text_encoder``, ``text_encoder_2``, ``tokenizer``,
-            ``tokenizer_2``), or the name of such a repository on the Hugging Face hub (``owner/name``), from which
-            what is not in the local cache is downloaded.
-        layout: of the source; diffusers' has ``transformer`` and ``vae``, which are folders too.
+    The source is nothing for the embedded variants; else a folder laid out as the official repository is
+    (``flux1-dev.safetensors``, ``ae.safetensors``, ``text_encoder``, ``text_encoder_2``, ``tokenizer``,
+    ``tokenizer_2``), or the name of such a repository on the Hugging Face hub (``owner/name``), from which what is not
+    in the local cache is downloaded. diffusers' layout has ``transformer`` and ``vae``, which are folders too.
 
     Raises:
         WeightsError: no source where one is needed, a part is missing, or a text encoder is another model's.
@@ -79,15 +71,14 @@ def find_files(variant: Variant, source: str | Path | None = None, layout: Layou
 
 def _check(files: Files, variant: Variant) -> None:
     if missing := [f"{part} ({path})" for part, path in vars(files).items() if not path.exists()]:
-        folder = files.transformer.parent
-        hint = "give the folder that holds the model's files"
+        folder, hint = files.transformer.parent, "give the folder that holds the model's files"
         if (folder / "transformer").is_dir() and folder / "transformer" != files.transformer:
             hint = f"{folder} is in diffusers' layout, which `fluxlab convert --to official` brings to this one"
         raise WeightsError(f"not found: {', '.join(missing)}; {hint}")
-    for folder, ways in ((files.t5_tokenizer, _T5_TOKENIZER), (files.clip_tokenizer, _CLIP_TOKENIZER)):
-        if not any(all((folder / name).is_file() for name in names) for names in ways):
-            said = " nor ".join(" and ".join(names) for names in ways)
-            raise WeightsError(f"{folder}: has neither {said}; fetch the tokenizer's files again")
+    for folder, names in ((files.t5_tokenizer, ["spiece.model"]), (files.clip_tokenizer, ["vocab.json", "merges.txt"])):
+        if not ((folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in names)):
+            said = f"has neither tokenizer.json nor {' and '.join(names)}"
+            raise WeightsError(f"{folder}: {said}; fetch the tokenizer's files again")
     wide = variant.transformer.context_in_dim, variant.transformer.vec_in_dim
     for folder, key, width in zip((files.t5, files.clip), ("d_model", "hidden_size"), wide, strict=True):
         told = read_json(folder / "config.json")

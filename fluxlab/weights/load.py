@@ -29,14 +29,8 @@ def load_weights(
 
     Names and shapes are compared before anything is read. Each tensor is then read, moved and cast by itself and put
     in place of the module's own, so that the peak memory is the weights once. The module is left in eval mode, and
-    its weights without gradients.
-
-    Args:
-        module: its ``state_dict`` says which names and shapes the file must have.
-        path: of the file, of the folder, or of an index of shards.
-        device: where the weights go.
-        dtype: what they are cast to. By default what the file holds; where it holds several, since a forward takes
-            one, the narrowest that holds the values of all: float32 for bfloat16 and float32.
+    its weights without gradients. Without ``dtype`` they keep that of the file; where it holds several, since a
+    forward takes one, they get the narrowest that holds the values of all: float32 for bfloat16 and float32.
 
     Raises:
         WeightsError: the file is not whole safetensors, or its names, shapes or dtypes differ; nothing is loaded then.

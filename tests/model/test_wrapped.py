@@ -80,11 +80,10 @@ def nf4(module, _):
 
 
 def torchao_int8(module, _):
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
+    torchao = pytest.importorskip("torchao.quantization")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        quantize_(module, Int8WeightOnlyConfig())
+        torchao.quantize_(module, torchao.Int8WeightOnlyConfig())
 
 
 def lora(module, _):

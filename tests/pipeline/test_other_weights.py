@@ -70,9 +70,8 @@ def bitsandbytes_nf4(model):
 
 
 def torchao_int8(model):
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    quantize_(model, Int8WeightOnlyConfig())
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
 
 
 def diffusers_layerwise_casting(model):

@@ -1,6 +1,6 @@
 """fluxlab: FLUX.1, the whole model, open to look into. ``import fluxlab as fl``."""
 
-from fluxlab.config import VARIANTS, AutoEncoderConfig, ConfigError, FluxConfig, Variant, variant
+from fluxlab.config import VARIANTS, VERSION, AutoEncoderConfig, ConfigError, FluxConfig, Variant, variant
 from fluxlab.course.exercise import check
 from fluxlab.files import WeightsError
 from fluxlab.inspect import plots
@@ -26,7 +26,7 @@ from fluxlab.pipeline.sampling import Step, denoise
 from fluxlab.pipeline.schedule import schedule
 from fluxlab.weights.load import load_weights
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = ["VARIANTS", "AutoEncoderConfig", "ConfigError", "FluxConfig", "Variant", "WeightsError", "variant"]
 __all__ += ["AutoEncoder", "Flux", "apply_rope", "build", "load_weights", "rope", "timestep_embedding"]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
+VERSION = "0.1.0"
 EMBEDDING_DIM = 256  # numbers of the sinusoid that a time or a guidance becomes, in every model
 
 

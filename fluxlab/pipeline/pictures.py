@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from fluxlab.config import VERSION
 from fluxlab.pipeline.checks import warn
 
 
@@ -70,10 +71,9 @@ def made_by(given: Mapping[str, Any]) -> dict[str, str]:
 
     That text, ``parameters``, is laid out as AUTOMATIC1111's web interface does, which other programs read.
     """
-    import fluxlab
 
     info = {key: str(value) for key, value in given.items() if value is not None}
-    info |= {"sampler": "Euler", "version": f"fluxlab {fluxlab.__version__}"}
+    info |= {"sampler": "Euler", "version": f"fluxlab {VERSION}"}
     names = {"steps": "Steps", "sampler": "Sampler", "true_cfg": "CFG scale", "guidance": "Distilled CFG Scale"}
     names |= {"seed": "Seed", "size": "Size", "strength": "Denoising strength", "variant": "Model"}
     names |= {"version": "Version"}

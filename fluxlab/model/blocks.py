@@ -58,16 +58,12 @@ class DoubleStreamBlock(Observed):
         img_mod1, img_mod2 = self.img_mod(vec)
         txt_mod1, txt_mod2 = self.txt_mod(vec)
 
-        # each stream makes queries, keys and values of its own
-        img_q, img_k, img_v = self.img_attn.project((1 + img_mod1.scale) * self.img_norm1(img) + img_mod1.shift)
-        txt_q, txt_k, txt_v = self.txt_attn.project((1 + txt_mod1.scale) * self.txt_norm1(txt) + txt_mod1.shift)
-
         # they meet in one attention
-        q = torch.cat((txt_q, img_q), dim=2)  # B H T+I D
-        k = torch.cat((txt_k, img_k), dim=2)
-        v = torch.cat((txt_v, img_v), dim=2)
-        attended = attention(q, k, v, pe, self.see)  # B T+I C
-        txt_attended, img_attended = attended.split((txt.shape[1], img.shape[1]), dim=1)
+        img_attended, txt_attended = self.attend(
+            (1 + img_mod1.scale) * self.img_norm1(img) + img_mod1.shift,
+            (1 + txt_mod1.scale) * self.txt_norm1(txt) + txt_mod1.shift,
+            pe,
+        )
 
         # and each goes on with its share
         img = self.see("img.middle", img + img_mod1.gate * self.img_attn.proj(img_attended))
@@ -77,6 +73,21 @@ class DoubleStreamBlock(Observed):
         img = self.see("img.output", img + img_mod2.gate * img_update)
         txt = self.see("txt.output", txt + txt_mod2.gate * txt_update)
         return img, txt
+
+    def attend(
+        self,
+        img: Float[Tensor, "batch image_tokens channels"],
+        txt: Float[Tensor, "batch text_tokens channels"],
+        pe: Float[Tensor, "#batch 1 tokens pairs 2 2"],
+    ) -> tuple[Float[Tensor, "batch image_tokens channels"], Float[Tensor, "batch text_tokens channels"]]:
+        """One attention over both streams, each with queries, keys and values of its own."""
+        img_q, img_k, img_v = self.img_attn.project(img)
+        txt_q, txt_k, txt_v = self.txt_attn.project(txt)
+        q = torch.cat((txt_q, img_q), dim=2)  # B H T+I D
+        k = torch.cat((txt_k, img_k), dim=2)
+        v = torch.cat((txt_v, img_v), dim=2)
+        joint = attention(q, k, v, pe, self.see)  # B T+I C
+        return joint[:, txt.shape[1] :], joint[:, : txt.shape[1]]
 
 
 class SingleStreamBlock(Observed):
@@ -103,13 +114,17 @@ class SingleStreamBlock(Observed):
     ) -> Float[Tensor, "batch tokens channels"]:
         x = self.see("input", x)
         (mod,) = self.modulation(vec)
-        both = self.linear1((1 + mod.scale) * self.pre_norm(x) + mod.shift)
-        qkv, mlp = both.split((3 * self.hidden_size, self.mlp_hidden_dim), dim=-1)  # B L 3C, B L M
+        side_by_side = torch.cat(self.branches((1 + mod.scale) * self.pre_norm(x) + mod.shift, pe), dim=-1)
+        return self.see("output", x + mod.gate * self.linear2(side_by_side))  # B L C+M -> B L C
+
+    def branches(
+        self, x: Float[Tensor, "batch tokens channels"], pe: Float[Tensor, "#batch 1 tokens pairs 2 2"]
+    ) -> tuple[Float[Tensor, "batch tokens channels"], Float[Tensor, "batch tokens hidden"]]:
+        """Attention's output and the MLP's hidden features, from one Linear."""
+        qkv, mlp = self.linear1(x).split((3 * self.hidden_size, self.mlp_hidden_dim), dim=-1)
         q, k, v = split_heads(qkv, self.num_heads)  # each B H L D
         q, k = self.norm(self.see("q_raw", q), self.see("k_raw", k))
-        attended = attention(q, k, v, pe, self.see)  # B L C
-        update = self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1))
-        return self.see("output", x + mod.gate * update)
+        return attention(q, k, v, pe, self.see), self.mlp_act(mlp)
 
 
 class LastLayer(Observed):

@@ -302,6 +302,7 @@ def test_a_map_of_4608_tokens_needs_no_two_gigabytes():
     """A single block with FLUX's 24 heads, narrow ones: what image tokens read of the text, the mean of the heads."""
     setup = """
 from fluxlab.model.blocks import SingleStreamBlock
+torch.compiler.set_stance("default")  # imports the compiler, which capture asks to stand aside
 block = SingleStreamBlock(384, 24, 256).to(torch.bfloat16)
 x, vec = torch.randn(1, 4608, 384).bfloat16(), torch.randn(1, 384).bfloat16()
 narrow = dict(hidden_size=384, axes_dim=(4, 6, 6), depth=0, depth_single_blocks=0)

@@ -136,7 +136,8 @@ def test_what_a_training_cannot_begin_with_is_said_before_any_work(tmp_path):
 def small(seed=0):
     """A weight for each of the optimizers."""
     torch.manual_seed(seed)
-    return nn.ModuleDict({"x_blocks": nn.Linear(3, 3), "out": nn.Linear(3, 1)})
+    block = nn.ModuleDict({"img_mlp": nn.Sequential(nn.Linear(3, 3))})  # the glossary knows what this one is for
+    return nn.ModuleDict({"double_blocks": nn.ModuleList([block]), "out": nn.Linear(3, 1)})
 
 
 def loss_of(module, seen=None, most=4):
@@ -145,7 +146,8 @@ def loss_of(module, seen=None, most=4):
             seen.append([p.detach().clone() for p in module.parameters()])
             if len(seen) > most:
                 raise KeyboardInterrupt
-        return module["out"](module["x_blocks"](torch.randn(5, 3, generator=generator))).square().mean()
+        hidden = module["double_blocks"][0]["img_mlp"](torch.randn(5, 3, generator=generator))
+        return module["out"](hidden).square().mean()
 
     return loss
 

@@ -21,6 +21,7 @@ from fluxlab.onnx.export import GRAPHS, PARTS
 from fluxlab.tiny.recipe import SMOKE, Recipe
 from fluxlab.tiny.train import train
 from fluxlab.weights.convert import convert as convert_model
+from fluxlab.weights.which import which as which_parts
 
 _TINY = "flux-tiny-dev"
 _SOURCE = """A whole model's folder in the other layout; or one part, a transformer or an autoencoder: a file, or a
@@ -136,7 +137,7 @@ def convert(
     variant: Annotated[str, Argument(help="Which model.")],
     output: Annotated[Path, Argument(help="The folder, or for one part the file or folder, to make.")],
     source: Annotated[str | None, Option(help=_SOURCE)] = None,
-    to: Annotated[str, Option(help="The layout to write: diffusers or official.")] = "diffusers",
+    to: Annotated[str, Option(help="The layout to write: diffusers, official or comfyui.")] = "diffusers",
     dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16. [default: as it is]")] = None,
 ) -> None:
     """Convert weights between the official layout and diffusers', and read them back to check."""
@@ -144,6 +145,14 @@ def convert(
         raise ValueError(f"dtype is {dtype!r}; choose float32, bfloat16 or float16")
     convert_model(fl.variant(variant), output, to, source, dtype and getattr(torch, dtype))  # type: ignore[arg-type]
     typer.echo(f"{output}: written, read back, and equal")
+
+
+@_command
+def which(files: Annotated[list[Path], Argument(help="Files, or folders of shards.")]) -> None:
+    """Say what a file is: which part of which model, in which layout, quantized how."""
+    for file in files:
+        for part in which_parts(file):
+            typer.echo(f"{file}: {part}")
 
 
 @_command

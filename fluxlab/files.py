@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 _OTHERS = {  # how a file begins that is not safetensors: what it is, and what to do
-    b"GGUF": "this is a GGUF file, and only safetensors are read here; fetch the safetensors file of the same model",
     b"PK": "this is a zip archive, as PyTorch saves a pickle, which can run code and is never read; give safetensors",
     b"\x80": "this is a pickle, which can run code and is never read; give safetensors",
     b"version https://git-lfs": "git-lfs has left this pointer in the file's place; run `git lfs pull` in its folder",
@@ -28,31 +27,20 @@ class WeightsError(ValueError):
     """A file that cannot be read, or that does not hold what it should."""
 
 
-class Checkpoint(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, or of shards, by name; each is read when it is asked for."""
+class Tensors(Mapping):  # type: ignore[type-arg]  # of str to Tensor, but no checker of types shall read one
+    """Tensors by name, each read when it is asked for; ``entries`` tell shapes and dtypes ahead, on the meta device."""
 
-    def __init__(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Of a file, a folder with one file or with shards and their index, or such an index.
-
-        With ``dtype``, floating tensors are cast to it when they are read.
-
-        Raises:
-            WeightsError: no such path, a file of it is not whole safetensors, or a name is in two files.
-        """
-        if dtype is not None and not dtype.is_floating_point:
-            raise WeightsError(f"dtype is {dtype}; give a floating dtype, such as torch.bfloat16")
-        self.path = Path(path).expanduser()
-        self._where: dict[str, safe_open] = {}
-        self.entries: dict[str, Tensor] = {}  # on the meta device: shapes and dtypes alone
-        self.metadata: dict[str, str] = {}
-        for file in map(_open, _shards(self.path)):
-            self.metadata |= file.metadata() or {}
-            for name in file.keys():  # noqa: SIM118 (a file handle, not a dict)
-                if name in self.entries:
-                    raise WeightsError(f"{self.path}: {name} is in two files; remove the one of another checkpoint")
-                tensor = file.get_tensor(name)  # mapped: no values are read yet
-                self._where[name] = file
-                self.entries[name] = tensor.to("meta", dtype if tensor.is_floating_point() else None)
+    def __init__(
+        self,
+        path: Path,
+        entries: dict[str, Tensor],
+        read: Callable[[str], Tensor],
+        metadata: Mapping[str, str] | None = None,
+        mapped: bool = False,
+    ) -> None:
+        """``mapped``: whether what is read stays in the file, so that it takes no memory that cannot be given back."""
+        self.path, self.entries, self.metadata, self.mapped = path, entries, dict(metadata or {}), mapped
+        self._read = read
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -61,20 +49,66 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self.entries)
 
     def __getitem__(self, name: str) -> Tensor:
-        """
+        return self._read(name)
+
+    def renamed(self, names: Mapping[str, str]) -> Tensors:
+        """Those that ``names`` tells, each new name with its old one."""
+        entries = {new: self.entries[old] for new, old in names.items()}
+        return Tensors(self.path, entries, lambda name: self[names[name]], self.metadata, self.mapped)
+
+    def cast(self, dtype: torch.dtype | None) -> Tensors:
+        """With the floating ones of a dtype; of None, as they are.
+
         Raises:
-            WeightsError: the dtype cannot hold a value, which would become infinite.
+            WeightsError: no floating dtype; and when a tensor is read, one of its values would become infinite.
         """
-        tensor, dtype = self._where[name].get_tensor(name), self.entries[name].dtype
-        cast = tensor.to(dtype)
-        narrower = dtype != tensor.dtype and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
-        if narrower and cast.float().isfinite().sum() != tensor.float().isfinite().sum():
-            raise WeightsError(f"{self.path}: {name} has values that {dtype} cannot hold; take torch.bfloat16")
-        return cast
+        if dtype is None:
+            return self
+        if not dtype.is_floating_point:
+            raise WeightsError(f"dtype is {dtype}; give a floating dtype, such as torch.bfloat16")
+        entries = {name: e.to(dtype) if e.is_floating_point() else e for name, e in self.entries.items()}
+        mapped = self.mapped and all(entries[name].dtype == e.dtype for name, e in self.entries.items())
+
+        def read(name: str) -> Tensor:
+            tensor = self[name]
+            cast = tensor.to(entries[name].dtype)
+            narrower = cast.dtype != tensor.dtype and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+            pieces = (each.reshape(-1).split(2**20) for each in (cast, tensor)) if narrower else ((), ())
+            for after, before in zip(*pieces, strict=True):  # piece by piece: a copy in float32 may be large
+                if after.float().isfinite().sum() != before.float().isfinite().sum():
+                    raise WeightsError(f"{self.path}: {name} has values that {dtype} cannot hold; take torch.bfloat16")
+            return cast
+
+        return Tensors(self.path, entries, read, self.metadata, mapped)
 
 
-def _shards(path: Path) -> list[Path]:
-    """The files a path stands for: itself, those of an index, or in a folder those of its index or the only one."""
+class Checkpoint(Tensors):
+    """The tensors of a safetensors file, or of shards."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Of a file, a folder with one file or with shards and their index, or such an index.
+
+        Raises:
+            WeightsError: no such path, a file of it is not whole safetensors, or a name is in two files.
+        """
+        path = Path(path).expanduser()
+        metadata: dict[str, str] = {}
+        where: dict[str, safe_open] = {}
+        entries: dict[str, Tensor] = {}
+        files, promised = _shards(path)
+        for file, inside in map(_open, files):
+            if twice := sorted(entries.keys() & inside):
+                raise WeightsError(f"{path}: {twice[0]} is in two files; remove the one of another checkpoint")
+            metadata |= file.metadata() or {}
+            entries |= inside
+            where |= dict.fromkeys(inside, file)
+        if promised is not None and (problem := describe_difference(promised, entries)):
+            raise WeightsError(f"{path}: its files are not those of its index: {problem}; fetch both again")
+        super().__init__(path, entries, lambda name: where[name].get_tensor(name), metadata, mapped=True)
+
+
+def _shards(path: Path) -> tuple[list[Path], Collection[str] | None]:
+    """The files of a path: itself, those of an index, or in a folder the only ones; and the names that an index has."""
     if path.is_dir():
         files = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
         if len(files) != 1:
@@ -83,25 +117,30 @@ def _shards(path: Path) -> list[Path]:
         path = files[0]
     if path.name.endswith(".index.json"):
         try:
-            return sorted({path.parent / file for file in read_json(path)["weight_map"].values()})
+            promised = read_json(path)["weight_map"]
+            files = {path.parent / file for file in promised.values()}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise WeightsError(f"{path}: not an index of shards ({error!r})") from error
-    return [path]
+        if absent := sorted(file.name for file in files if not file.exists()):
+            raise WeightsError(f"{path}: names {len(absent)} files that are not there: {listed(absent)}; fetch them")
+        return sorted(files), promised
+    return [path], None
 
 
-def _open(path: Path) -> safe_open:
+def _open(path: Path) -> tuple[safe_open, dict[str, Tensor]]:
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
     try:
-        return safe_open(path, framework="pt", device="cpu")
-    except SafetensorError as error:
-        with path.open("rb") as file:
-            start = file.read(64).lstrip()
+        file = safe_open(path, framework="pt", device="cpu")
+        return file, {name: file.get_tensor(name).to("meta") for name in file.keys()}  # noqa: SIM118 (no dict)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error}); look at its permissions") from error
+    except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        with path.open("rb") as opened:
+            start = opened.read(64).lstrip()
         torn = f"not a whole safetensors file: {path.stat().st_size:,} bytes ({error}); fetch or write it again"
         said = next((said for magic, said in _OTHERS.items() if start.startswith(magic)), torn)
         raise WeightsError(f"{path}: {said}") from error
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read ({error}); look at its permissions") from error
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from fluxlab.pipeline.schedule import schedule
 from fluxlab.pipeline.text import TextEncoders
 from fluxlab.pipeline.tiles import decode, encode
 from fluxlab.weights.find import find_files
-from fluxlab.weights.load import autoencoder_config, load_weights
+from fluxlab.weights.load import autoencoder_config, free_memory, load_weights, needed
 
 Pictures = Picture | list[Picture]
 
@@ -161,10 +161,16 @@ class Pipeline:
         return as_pictures(torch.cat([decode(self.autoencoder, latent, tiled) for latent in latents.split(1)]))
 
     def to(self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Pipeline:
-        """Move and cast every part, in place, with the arguments of a module's ``to``."""
+        """Move and cast every part, in place, with the arguments of a module's ``to``.
+
+        Raises:
+            ValueError: it was loaded with ``low_memory``.
+        """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         parts: tuple[torch.nn.Module, ...] = (self.model, self.autoencoder, self.text.t5, self.text.clip)
+        if str(self.device) != "meta" and any(p.is_meta for part in parts for p in part.parameters()):
+            raise ValueError("with low_memory, weights come from their files as they run; load with that device, dtype")
         for part in parts:
             part.to(device=device, dtype=dtype)
         self.device = self.text.device = self.device if device is None else device
@@ -237,12 +243,26 @@ def _first_step(num_steps: int, image: Image.Image | None, strength: float | Non
 
 
 def load(
-    name: str, source: str | Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    name: str,
+    source: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    low_memory: bool | None = None,
+    **files: str | Path | None,
 ) -> Pipeline:
     """A model with its weights, ready to paint; in float32 for flux-tiny and in bfloat16 for the others by default.
 
-    The flux-tiny variants are carried in the repository. The source of the others is a folder laid out as the official
-    repository is, or that repository's hub name.
+    Args:
+        name: of the variant; flux-tiny's are carried in the repository.
+        source: a folder as the official repository is or as diffusers writes it, a file of one part or of several, or
+            a repository on the Hugging Face hub.
+        device: where the model runs.
+        dtype: of the weights and of the arithmetic. Quantized files are widened to it.
+        low_memory: whether each layer's weights are read, widened and moved when it runs, and left when it has run, so
+            that a model larger than the memory runs; by default, if they would not fit.
+        **files: ``transformer``, ``autoencoder``, ``t5``, ``clip``: loose files (or folders), each in place of the
+            source's; ``tokenizers``: the folder that holds ``tokenizer_2`` and ``tokenizer``.
 
     Raises:
         ConfigError: no such variant.
@@ -260,11 +280,14 @@ def load(
         raise ValueError(f"device is {str(device)!r}, which cannot be used here ({error})") from error
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype is {dtype!r}; give a floating dtype of torch, such as torch.bfloat16")
-    files = find_files(chosen, source)
+    found = find_files(chosen, source, **files)
     dtype = dtype or (torch.float32 if chosen.embedded else torch.bfloat16)
+    if low_memory is None:
+        low_memory = needed(found, device, dtype) > 0.9 * free_memory(device)
     with torch.device("meta"):
-        model, autoencoder = Flux(chosen.transformer), AutoEncoder(autoencoder_config(chosen, files.autoencoder))
-    load_weights(model, files.transformer, device, dtype)
-    load_weights(autoencoder, files.autoencoder, device, dtype)
-    more = (chosen.t5_length, chosen.clip_length, files.t5_tokenizer, files.clip_tokenizer, device, dtype)
-    return Pipeline(chosen, model, autoencoder, TextEncoders.load(files.t5, files.clip, *more), device, dtype)
+        model, autoencoder = Flux(chosen.transformer), AutoEncoder(autoencoder_config(chosen, found.autoencoder))
+    load_weights(model, found.transformer, device, dtype, low_memory)
+    load_weights(autoencoder, found.autoencoder, device, dtype, low_memory)
+    words = (chosen.t5_length, chosen.clip_length, found.t5_tokenizer, found.clip_tokenizer)
+    text = TextEncoders.load(found.t5, found.clip, *words, device, dtype, low_memory, chosen)
+    return Pipeline(chosen, model, autoencoder, text, device, dtype)

@@ -20,8 +20,7 @@ from fluxlab.config import Variant
 from fluxlab.extras import importing
 from fluxlab.files import WeightsError
 from fluxlab.pipeline.checks import as_list, finite, warn
-from fluxlab.weights.find import data_folder
-from fluxlab.weights.load import load_encoder
+from fluxlab.weights.load import empty_encoder, load_encoder
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
@@ -52,22 +51,25 @@ class TextEncoders:
         clip_tokenizer: str | Path | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        low_memory: bool = False,
+        chosen: Variant | None = None,
     ) -> TextEncoders:
-        """Load both from folders in the Hugging Face format, or from hub names. Only safetensors are read.
+        """Load both from folders in the Hugging Face format, or from files, with the configs of the variant.
 
         Each tokenizer is looked for with its encoder, if not named; prompts are padded to the lengths, in tokens.
+        ``low_memory`` is that of ``load_weights``.
 
         Raises:
-            OSError: neither a folder nor a hub name that can be reached.
-            WeightsError: the weights are not whole, or not those of such an encoder.
+            WeightsError: the weights are not whole, or not those of such an encoder; or no tokenizer can be read.
         """
         with importing():
-            from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+            from transformers import CLIPTokenizer, T5Tokenizer
 
         t5_words = _tokenizer(T5Tokenizer, t5_tokenizer or t5)
         clip_words = _tokenizer(CLIPTokenizer, clip_tokenizer or clip)
-        t5_model, clip_model = _encoder(T5EncoderModel, t5, dtype), _encoder(CLIPTextModel, clip, dtype)
-        return cls(t5_model.to(device), t5_words, t5_length, clip_model.to(device), clip_words, clip_length, device)
+        t5_model = load_encoder("t5", t5, chosen, device, dtype, low_memory)
+        clip_model = load_encoder("clip", clip, chosen, device, dtype, low_memory)
+        return cls(t5_model, t5_words, t5_length, clip_model, clip_words, clip_length, device)
 
     def tokenize(self, prompts: str | Sequence[str]) -> tuple[Int[Tensor, "batch text"], Int[Tensor, "batch clip"]]:
         """Token ids for T5 and for CLIP, padded to their lengths; a longer prompt is cut, with a warning.
@@ -101,19 +103,6 @@ class TextEncoders:
         return f"TextEncoders(T5: {self.t5_length} tokens, CLIP: {self.clip_length} tokens, on {self.device})"
 
 
-def _encoder(kind: Any, source: str | Path, dtype: torch.dtype) -> Any:
-    """Without transformers' progress bar; whatever was set before is set again."""
-    from transformers.utils import logging
-
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        return load_encoder(kind, source, dtype).eval().requires_grad_(False)
-    finally:
-        if bar:
-            logging.enable_progress_bar()
-
-
 def _tokenizer(kind: Any, source: str | Path) -> Any:
     try:
         return kind.from_pretrained(os.path.expanduser(source))
@@ -131,16 +120,5 @@ def _tokenize(tokenizer: Any, prompts: Sequence[str], length: int, who: str) -> 
 
 
 def text_encoders(chosen: Variant) -> tuple[T5EncoderModel, CLIPTextModel]:
-    """The two text encoders of a variant with random weights, from their configs: those in data/, or the published.
-
-    Under ``torch.device("meta")`` they take no memory.
-    """
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
-    if chosen.embedded:
-        t5 = T5Config.from_pretrained(str(data_folder() / chosen.t5))
-        clip = CLIPTextConfig.from_pretrained(str(data_folder() / chosen.clip))
-    else:
-        t5 = T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
-        clip = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    return T5EncoderModel(t5), CLIPTextModel(clip)
+    """A variant's two text encoders on the meta device, from their configs: those in data/, or the published."""
+    return empty_encoder("t5", chosen.t5, chosen), empty_encoder("clip", chosen.clip, chosen)

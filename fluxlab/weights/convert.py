@@ -1,91 +1,108 @@
-"""Whole files from the official layout to diffusers' and back, one tensor at a time. Opened in chapter 15."""
+"""Whole models from one layout to another, one tensor at a time. Opened in chapter 15."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from fluxlab.config import AutoEncoderConfig, Variant
-from fluxlab.extras import importing
-from fluxlab.files import Checkpoint, WeightsError, read_json, replacing, stream_tensors, write_text
+from fluxlab.files import Checkpoint, Tensors, WeightsError, replacing, stream_tensors, write_text
 from fluxlab.weights.find import find_files
-from fluxlab.weights.layouts import Config, Layout, rules, shapes
-from fluxlab.weights.load import autoencoder_config, check_shapes, load_encoder
+from fluxlab.weights.layouts import Config
+from fluxlab.weights.load import autoencoder_config, empty_encoder, opened, weights_of
+from fluxlab.weights.which import which
 
-Tensors = Mapping[str, Tensor]
-Named = Iterable[tuple[str, Tensor]]
+Target = Literal["official", "diffusers", "comfyui"]
+_PREFIXES = {  # of a ComfyUI checkpoint: one file of all parts
+    "transformer": "model.diffusion_model.",
+    "autoencoder": "vae.",
+    "t5": "text_encoders.t5xxl.transformer.",
+    "clip": "text_encoders.clip_l.transformer.",
+}
 
 
 def convert(
-    variant: Variant, output: str | Path, to: Layout, source: str | Path | None = None, dtype: torch.dtype | None = None
+    variant: Variant,
+    output: str | Path,
+    to: Target,
+    source: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    **files: str | Path | None,
 ) -> None:
     """Convert a whole model: transformer, autoencoder, text encoders, tokenizers and scheduler; or one part of it.
 
-    The text encoders and tokenizers are the same in both layouts. What is written is read back and compared. The
-    output is a diffusers pipeline, or a folder laid out as the official repository is; of one part, a diffusers
-    folder or an official file. The source is a folder in the other layout, or nothing for the variants carried in
-    data/, to diffusers; or one part, a transformer or an autoencoder: a file, a folder of shards, or their index.
-    Without ``dtype``, each tensor keeps its own.
+    What is written is read back and compared. The output is a diffusers pipeline, a folder laid out as the official
+    repository is, or one ComfyUI checkpoint, which has no tokenizers; of one part, a diffusers folder or an official
+    file. The source and the files are what ``find_files`` takes; or the source is one part, a transformer or an
+    autoencoder. Quantized files are written widened. Without ``dtype``, each tensor keeps its own.
 
     Raises:
-        WeightsError: a part is missing, is not this variant's, or is in that layout already; or the output exists.
+        WeightsError: a part is missing, is not this variant's, or would be written as it is; or the output exists.
     """
     _check_output(output, to)
-    part = Path(source or "").expanduser()  # a whole model's folder has its text encoders in it
-    if source and (part.is_file() or (any(part.glob("*.safetensors*")) and not any(part.glob("text_encoder*")))):
-        vae = "encoder.conv_in.weight" in Checkpoint(source)
-        config: Config = autoencoder_config(variant, source) if vae else variant.transformer
-        return convert_part(source, output, config, to, dtype)
-    if to == "official" and source is None:
-        raise WeightsError("source is missing; give the diffusers folder to convert")
-    with importing():
-        from transformers import CLIPTextModel, T5EncoderModel
-    with replacing(output) as folder:
-        files = find_files(variant, source, "official" if to == "diffusers" else "diffusers")
-        load_encoder(T5EncoderModel, files.t5)
-        load_encoder(CLIPTextModel, files.clip)
-        folder.mkdir()
+    one = Path(source or "").expanduser()  # a whole model's folder has its text encoders in it
+    if source and (one.is_file() or (any(one.glob("*.safetensors*")) and not any(one.glob("text_encoder*")))):
+        kinds = [part.kind for part in which(one)]
+        if kinds in (["transformer"], ["autoencoder"]) and not files:
+            config = variant.transformer if kinds == ["transformer"] else autoencoder_config(variant, one)
+            return convert_part(one, output, config, to, dtype)
+    found = find_files(variant, source, **files)
+    vae = autoencoder_config(variant, found.autoencoder)
+    encoders = {kind: empty_encoder(kind, getattr(found, kind), variant) for kind in ("t5", "clip")}
+    texts = {kind: _text(encoder, getattr(found, kind), dtype) for kind, encoder in encoders.items()}
+    with replacing(output) as target:
+        if to == "comfyui":
+            parts = {"transformer": opened(found.transformer, variant.transformer, "official", dtype)}
+            parts |= {"autoencoder": opened(found.autoencoder, vae, "official", dtype)} | texts
+            return _write(_together(parts), target, factors(vae))
+        target.mkdir()
         names = ("transformer", "vae") if to == "diffusers" else (variant.transformer_file, variant.autoencoder_file)
-        transformer, autoencoder = (folder / Path(name).name for name in names)
-        convert_part(files.transformer, transformer, variant.transformer, to, dtype)
-        convert_part(files.autoencoder, autoencoder, autoencoder_config(variant, files.autoencoder), to, dtype)
-        for encoder, tokenizer, number in (
-            (files.t5, files.t5_tokenizer, "_2"),
-            (files.clip, files.clip_tokenizer, ""),
-        ):
-            _copy_folder(encoder, folder / f"text_encoder{number}", True, dtype)
-            _copy_folder(tokenizer, folder / f"tokenizer{number}", False, dtype)
+        transformer, autoencoder = (target / Path(name).name for name in names)
+        convert_part(found.transformer, transformer, variant.transformer, to, dtype)
+        convert_part(found.autoencoder, autoencoder, vae, to, dtype)
+        for kind, tokenizer, number in (("t5", found.t5_tokenizer, "_2"), ("clip", found.clip_tokenizer, "")):
+            folder, words = target / f"text_encoder{number}", target / f"tokenizer{number}"
+            folder.mkdir()
+            _write(texts[kind], folder / "model.safetensors")
+            held = str(next(iter(texts[kind].entries.values())).dtype).removeprefix("torch.")
+            _write_json(encoders[kind].config.to_dict() | {"dtype": held}, folder / "config.json")
+            words.mkdir()
+            for file in filter(Path.is_file, tokenizer.iterdir()):
+                if file.name != "config.json" and ".safetensors" not in file.name:  # an encoder's, in the same folder
+                    shutil.copyfile(file, words / file.name)
         if to == "diffusers":
-            (folder / "scheduler").mkdir()
-            _write_json(scheduler_config(variant), folder / "scheduler/scheduler_config.json")
-            _write_json({"_class_name": variant.pipeline} | _PIPELINE, folder / "model_index.json")
+            (target / "scheduler").mkdir()
+            _write_json(scheduler_config(variant), target / "scheduler/scheduler_config.json")
+            _write_json({"_class_name": variant.pipeline} | _PIPELINE, target / "model_index.json")
     return None
 
 
 def convert_part(
-    source: str | Path, output: str | Path, config: Config, to: Layout, dtype: torch.dtype | None = None
+    source: str | Path, output: str | Path, config: Config, to: Target, dtype: torch.dtype | None = None
 ) -> None:
     """Convert one part, as ``convert`` does, to the sizes of ``config``.
 
     Raises:
-        WeightsError: the source is not this part in the other layout, or the output exists.
+        WeightsError: the source is not this part, or would be written as it is; or the output exists.
     """
     _check_output(output, to)
-    checkpoint = Checkpoint(source, dtype)
-    check_shapes(checkpoint, shapes(config, "diffusers" if to == "official" else "official"))
-    entries = dict(_converted(checkpoint.entries, config, to))
+    if to == "comfyui":
+        raise WeightsError("to is 'comfyui', which is one file of all parts; for one part take official or diffusers")
+    tensors = opened(source, config, to, dtype)
+    if tensors.mapped and list(tensors) == list(Checkpoint(source)):
+        raise WeightsError(f"{source}: is in the {to} layout already, and in that dtype")
     with replacing(output) as file:
         if to == "diffusers":
             file.mkdir()
             _write_json(diffusers_config(config), file / "config.json")
             file /= "diffusion_pytorch_model.safetensors"
-        _write(entries, lambda: _converted(checkpoint, config, to), file, factors(config) if to == "official" else {})
+        _write(tensors, file, factors(config) if to == "official" else {})
 
 
 def factors(config: Config) -> dict[str, str]:
@@ -95,50 +112,36 @@ def factors(config: Config) -> dict[str, str]:
 
 
 def _check_output(output: str | Path, to: str) -> None:
-    if to not in get_args(Layout):
-        raise WeightsError(f"to is {to!r}; choose {' or '.join(get_args(Layout))}")
+    if to not in get_args(Target):
+        raise WeightsError(f"to is {to!r}; choose {', '.join(get_args(Target))}")
     if Path(output).expanduser().exists():
         raise WeightsError(f"{output}: exists already; remove it, or name another output")
 
 
-def _converted(tensors: Tensors, config: Config, to: Layout) -> Named:
-    for rule in rules(config):
-        if to == "diffusers":
-            yield from rule.split(tensors[rule.official]).items()
-            continue
-        given = {name: tensors[name] for name in rule.diffusers}
-        if len({tensor.dtype for tensor in given.values()}) > 1:
-            said = ", ".join(f"{name} ({tensor.dtype})" for name, tensor in given.items())
-            raise WeightsError(f"{said} become one tensor, {rule.official}; give a dtype for all")
-        yield rule.official, rule.join(given)
+def _text(encoder: nn.Module, source: Path, dtype: torch.dtype | None) -> Tensors:
+    """A text encoder's tensors, each once, under the names that every release of transformers reads."""
+    tensors = weights_of(encoder, source, dtype)
+    prefix = "text_model." if type(encoder).__name__ == "CLIPTextModel" else ""
+    return tensors.renamed({prefix + name: name for name in tensors if name != "encoder.embed_tokens.weight"})
 
 
-def _write(entries: Tensors, tensors: Callable[[], Named], path: Path, metadata: dict[str, str]) -> None:
+def _together(parts: Mapping[str, Tensors]) -> Tensors:
+    where = {_PREFIXES[kind] + name: (part, name) for kind, part in parts.items() for name in part}
+    entries = {name: part.entries[own] for name, (part, own) in where.items()}
+    return Tensors(Path(), entries, lambda name: where[name][0][where[name][1]])
+
+
+def _write(tensors: Tensors, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a file, and read it back; byte by byte, so that a NaN is equal to itself."""
-    stream_tensors(entries, tensors(), path, metadata)
+    stream_tensors(tensors.entries, ((name, tensors[name]) for name in tensors), path, metadata)
     written = Checkpoint(path)
-    for name, tensor in tensors():
+    for name, tensor in tensors.items():
         if not torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (written[name], tensor))):
             raise WeightsError(f"{path.name}: {name} was not written as it is; is the disk sound?")
 
 
 def _write_json(said: dict[str, Any], path: Path) -> None:
     write_text(json.dumps(said, indent=2) + "\n", path)
-
-
-def _copy_folder(source: Path, output: Path, encoder: bool, dtype: torch.dtype | None) -> None:
-    """A text encoder's weights and config, or a tokenizer's files, from a folder that may hold both."""
-    output.mkdir()
-    for file in filter(Path.is_file, source.iterdir()):
-        if encoder != (file.name == "config.json" or ".safetensors" in file.name):
-            continue
-        if file.suffix == ".safetensors":
-            shard = Checkpoint(file, dtype)
-            _write(shard.entries, shard.items, output / file.name, shard.metadata)
-        elif file.name == "config.json" and dtype is not None:
-            _write_json(read_json(file) | {"dtype": str(dtype).removeprefix("torch.")}, output / file.name)
-        else:
-            shutil.copyfile(file, output / file.name)
 
 
 def diffusers_config(config: Config) -> dict[str, Any]:

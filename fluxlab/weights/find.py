@@ -1,19 +1,23 @@
-"""Where a variant's files are: carried in data/, in a folder on disk, or on a hub, if the user names it."""
+"""Where a variant's files are: carried in data/, on disk, or on a hub, if the user names it. Opened in chapter 15."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fluxlab.config import Variant
 from fluxlab.files import WeightsError, read_json
-from fluxlab.weights.layouts import Layout
+from fluxlab.weights.which import which
 
 
 @dataclass(frozen=True)
 class Files:
-    """The parts of one model on disk; the text encoders and tokenizers are folders in the Hugging Face format."""
+    """The parts of one model on disk, files or folders; tokenizers are folders in the Hugging Face format."""
 
     transformer: Path
     autoencoder: Path
@@ -37,66 +41,130 @@ def data_folder() -> Path:
     return folder
 
 
-def find_files(variant: Variant, source: str | Path | None = None, layout: Layout = "official") -> Files:
+def find_files(
+    variant: Variant,
+    source: str | Path | None = None,
+    *,
+    transformer: str | Path | None = None,
+    autoencoder: str | Path | None = None,
+    t5: str | Path | None = None,
+    clip: str | Path | None = None,
+    tokenizers: str | Path | None = None,
+) -> Files:
     """The files of a variant, once its text encoders are seen to be as wide as the transformer takes them.
 
-    The source is nothing for the embedded variants; else a folder laid out as the official repository is
-    (``flux1-dev.safetensors``, ``ae.safetensors``, ``text_encoder``, ``text_encoder_2``, ``tokenizer``,
-    ``tokenizer_2``), or the name of such a repository on the Hugging Face hub (``owner/name``), from which what is not
-    in the local cache is downloaded. diffusers' layout has ``transformer`` and ``vae``, which are folders too.
+    Args:
+        variant: whose files they are.
+        source: nothing for the embedded variants; else a folder laid out as the official repository is
+            (``flux1-dev.safetensors``, ``ae.safetensors``, ``text_encoder``, ``text_encoder_2``, ``tokenizer``,
+            ``tokenizer_2``) or as diffusers does (``transformer``, ``vae`` and the same); or a file of one part or of
+            several; or the name of a repository on the Hugging Face hub (``owner/name``), from which what is not in the
+            local cache is downloaded, once it is said how much that is.
+        transformer: a file or a folder of shards, in place of the source's.
+        autoencoder: likewise.
+        t5: likewise, or a folder in the Hugging Face format.
+        clip: likewise.
+        tokenizers: the folder that holds ``tokenizer`` and ``tokenizer_2``, in place of the source's.
 
     Raises:
         WeightsError: no source where one is needed, a part is missing, or a text encoder is another model's.
     """
-    if source is None and variant.embedded:
-        data = data_folder()
-        t5, clip = data / variant.t5, data / variant.clip
-        files = Files(data / variant.transformer_file, data / variant.autoencoder_file, t5, t5, clip, clip)
-    elif source is None:
+    loose = {"transformer": transformer, "autoencoder": autoencoder, "t5": t5, "clip": clip}
+    given = {part: Path(path).expanduser() for part, path in loose.items() if path is not None}
+    places = {
+        "transformer": (Path(variant.transformer_file).name, "transformer"),
+        "autoencoder": (Path(variant.autoencoder_file).name, "vae"),
+        "t5": ("text_encoder_2",),
+        "t5_tokenizer": ("tokenizer_2",),
+        "clip": ("text_encoder",),
+        "clip_tokenizer": ("tokenizer",),
+    }
+    path = None if source is None else Path(source).expanduser()
+    if path is None and not given and not variant.embedded:
         raise WeightsError(
             f"the weights of {variant.name} are not carried in data/; give source=, a folder that holds "
             f"{variant.transformer_file}, {variant.autoencoder_file} and the text encoders, or the hub repository "
-            f"{variant.repo!r} to download them from. For shapes alone, build({variant.name!r}, device='meta')"
+            f"{variant.repo!r} to download them from; or files: transformer=, autoencoder=, t5=, clip=, and the folder "
+            f"tokenizers=. For shapes alone, build({variant.name!r}, device='meta')"
         )
-    else:
-        weights = [Path(name).name for name in (variant.transformer_file, variant.autoencoder_file)]
-        parts = weights if layout == "official" else ["transformer", "vae"]
-        parts += ["text_encoder_2", "tokenizer_2", "text_encoder", "tokenizer"]
-        folder = Path(source).expanduser()
-        folder = folder if folder.is_dir() else _download(str(source), parts)
-        files = Files(*(folder / part for part in parts))
+    found: dict[str, Path] = {}
+    if variant.embedded and (path is None or path.is_file()):
+        own = (variant.transformer_file, variant.autoencoder_file, variant.t5, variant.t5, variant.clip, variant.clip)
+        found = dict(zip(places, map(data_folder().joinpath, own), strict=True))
+    if path is not None and path.is_file():
+        found |= {part.kind: path for part in which(path)}
+    elif path is not None:
+        folder = path if path.is_dir() else _download(str(source), places)
+        inside = ((part, folder / name) for part, names in places.items() for name in reversed(names))
+        found = {part: place for part, place in inside if place.exists()}
+    found |= given
+    for part in ("t5", "clip"):
+        name = f"{part}_tokenizer"
+        if tokenizers is not None:
+            found[name] = Path(tokenizers).expanduser() / places[name][0]
+        elif part in given and given[part].is_dir() and not variant.embedded:
+            found.setdefault(name, given[part])
+    if missing := [f"{part} ({' or '.join(names)})" for part, names in places.items() if part not in found]:
+        words = any("tokenizer" in part for part in missing)
+        hint = "tokenizers=, a folder with tokenizer_2 for T5 and tokenizer for CLIP" if words else "the whole folder"
+        hint += " (those in data/ have another vocabulary, and serve flux-tiny alone)" if words else ""
+        where = f" in {source}" if source else ""
+        raise WeightsError(f"not found{where}: {', '.join(missing)}; give {hint}, or each by its argument")
+    files = Files(**found)
     _check(files, variant)
     return files
 
 
 def _check(files: Files, variant: Variant) -> None:
     if missing := [f"{part} ({path})" for part, path in vars(files).items() if not path.exists()]:
-        folder, hint = files.transformer.parent, "give the folder that holds the model's files"
-        if (folder / "transformer").is_dir() and folder / "transformer" != files.transformer:
-            hint = f"{folder} is in diffusers' layout, which `fluxlab convert --to official` brings to this one"
-        raise WeightsError(f"not found: {', '.join(missing)}; {hint}")
+        raise WeightsError(f"not found: {', '.join(missing)}; give the folder or the file that holds it")
     for folder, names in ((files.t5_tokenizer, ["spiece.model"]), (files.clip_tokenizer, ["vocab.json", "merges.txt"])):
         if not ((folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in names)):
             said = f"has neither tokenizer.json nor {' and '.join(names)}"
             raise WeightsError(f"{folder}: {said}; fetch the tokenizer's files again")
     wide = variant.transformer.context_in_dim, variant.transformer.vec_in_dim
     for folder, key, width in zip((files.t5, files.clip), ("d_model", "hidden_size"), wide, strict=True):
-        told = read_json(folder / "config.json")
+        told: dict[str, Any] = read_json(folder / "config.json") if folder.is_dir() else {key: width}
         if (found := told.get("text_config", told).get(key)) != width:  # CLIP's may tell of both its towers
             said = f"{key} is {found} in its config.json, and {variant.name} takes {width}"
             raise WeightsError(f"{folder}: {said}; is it another encoder's folder?")
 
 
-def _download(source: str, parts: list[str]) -> Path:
+def _download(source: str, places: Mapping[str, tuple[str, ...]]) -> Path:
+    """A hub repository's files in the local cache: what is not there yet is told, with its size, and fetched."""
     here = Path(source)
-    if source.count("/") != 1 or source[0] in "./~" or here.suffix == ".safetensors" or here.parent.is_dir():
-        neither = "neither a folder that exists nor a hub name (owner/name, where no folder owner is)"
-        what = "a file" if here.is_file() else neither
-        raise WeightsError(f"source is {source!r}, which is {what}; give the folder that holds all parts of the model")
-    from huggingface_hub import snapshot_download
+    if source.count("/") != 1 or source[0] in "./~" or here.suffix in (".safetensors", ".gguf") or here.parent.is_dir():
+        neither = "neither a file or folder that exists nor a hub name (owner/name, where no folder owner is)"
+        raise WeightsError(
+            f"source is {source!r}, which is {neither}; give the folder that holds all parts of the model"
+        )
+    from huggingface_hub import constants, errors, snapshot_download
+
+    def fetch(parts: Iterable[str], dry_run: bool) -> Any:
+        patterns = [pattern for part in parts for pattern in (part, f"{part}/*.json", f"{part}/*.safetensors")]
+        patterns += [f"{part}/{words}" for part in parts for words in ("spiece.model", "merges.txt")]
+        return snapshot_download(source, allow_patterns=patterns, dry_run=dry_run)
 
     try:
-        return Path(snapshot_download(source, allow_patterns=[p for part in parts for p in (part, f"{part}/*")]))
+        both = fetch([name for names in places.values() for name in names], dry_run=True)
+        held = {file.filename.partition("/")[0] for file in both}  # an official file, or else diffusers' folder
+        parts = [next((name for name in names if name in held), names[0]) for names in places.values()]
+        coming = [file for file in both if file.will_download and file.filename.partition("/")[0] in parts]
+        size, cache = sum(file.file_size or 0 for file in coming), Path(constants.HF_HUB_CACHE)
+        free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
+        said = f"{source}: {len(coming)} files to download, {size / 1e9:.1f} GB, to {cache} ({free / 1e9:.1f} GB free)"
+        if size > free:
+            raise WeightsError(f"{said}; make room, or set HF_HOME to another disk")
+        if coming:
+            print(said, file=sys.stderr)
+        return Path(fetch(parts, dry_run=False))
+    except errors.GatedRepoError as error:
+        ways = f"accept its licence at https://huggingface.co/{source}, then log in with `hf auth login`"
+        raise WeightsError(f"{source}: this repository is gated; {ways}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise WeightsError(f"{source}: neither a folder here nor a repository on the hub; look at its name") from error
+    except WeightsError:
+        raise
     except (OSError, ValueError) as error:
         said = f"there is no such folder, and from the hub it cannot be fetched ({error})"
         raise WeightsError(f"source is {source!r}: {said}") from error

@@ -10,12 +10,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fluxlab.config import VARIANTS, AutoEncoderConfig, FluxConfig
+from fluxlab.files import Tensors, WeightsError
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
 
@@ -126,6 +127,29 @@ def from_diffusers(tensors: Mapping[str, Tensor], config: Config) -> dict[str, T
     return {rule.official: rule.join(tensors) for rule in rules(config)}
 
 
+def translated(tensors: Tensors, config: Config, to: Layout) -> Tensors:
+    """All tensors of the other layout, each made when it is read, with the memory of one.
+
+    Raises:
+        WeightsError: tensors that become one are of several dtypes.
+    """
+    if to == "diffusers":
+        rule_of = {name: rule for rule in rules(config) for name in rule.diffusers}
+        return Tensors(
+            tensors.path,
+            to_diffusers(tensors.entries, config),
+            lambda name: rule_of[name].split(tensors[rule_of[name].official])[name],
+            tensors.metadata,
+        )
+    for rule in rules(config):
+        if len({tensors.entries[name].dtype for name in rule.diffusers}) > 1:
+            said = ", ".join(f"{name} ({tensors.entries[name].dtype})" for name in rule.diffusers)
+            raise WeightsError(f"{tensors.path}: {said} become one tensor, {rule.official}; give a dtype for all")
+    joined = {rule.official: rule for rule in rules(config)}
+    entries = from_diffusers(tensors.entries, config)
+    return Tensors(tensors.path, entries, lambda name: joined[name].join(tensors), tensors.metadata)
+
+
 @cache
 def shapes(config: Config, layout: Layout = "official") -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a checkpoint."""
@@ -135,11 +159,6 @@ def shapes(config: Config, layout: Layout = "official") -> dict[str, tuple[int, 
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def looks_like(found: Shapes) -> str:
-    """Which part of which variants, in which layout, has exactly these tensors; empty where none has."""
-    for layout in get_args(Layout):
-        for part in ("transformer", "autoencoder"):
-            if names := [name for name, known in VARIANTS.items() if shapes(getattr(known, part), layout) == found]:
-                way = "; `fluxlab convert` brings it to the other" if layout == "diffusers" else ""
-                return f"the {part} of {' or '.join(names)} in the {layout} layout{way}"
-    return ""
+def variants_of(found: Shapes, part: str, layout: Layout) -> list[str]:
+    """The variants whose transformer or autoencoder has exactly these tensors in this layout."""
+    return [name for name, known in VARIANTS.items() if shapes(getattr(known, part), layout) == found]

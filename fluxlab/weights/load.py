@@ -1,49 +1,142 @@
-"""Official checkpoints into a model: every name and shape checked first, memory spent once. Opened in chapter 15."""
+"""Checkpoints into a model: every name and shape checked first, memory spent once, or never. Opened in chapter 15."""
 
 from __future__ import annotations
 
-import os
-import re
+import contextlib
+import sys
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
-from fluxlab.config import AutoEncoderConfig, Variant
-from fluxlab.files import Checkpoint, WeightsError, describe_difference, listed, read_json
-from fluxlab.weights.layouts import Shapes, looks_like
+from fluxlab.config import AutoEncoderConfig, FluxConfig, Variant
+from fluxlab.extras import importing
+from fluxlab.files import Tensors, WeightsError, describe_difference, listed, read_json
+from fluxlab.model.autoencoder import AutoEncoder
+from fluxlab.model.transformer import Flux
+from fluxlab.weights.find import Files, data_folder
+from fluxlab.weights.layouts import Config, Layout, Shapes, shapes, translated
+from fluxlab.weights.stream import stream
+from fluxlab.weights.which import UNUSED, Part, open_part, open_tensors
 
 Module = TypeVar("Module", bound=nn.Module)
-_PREFIX = re.compile(r"((model|diffusion_model|transformer|module|_orig_mod|first_stage_model|vae)\.)+")
-_LARGER = re.compile(r"(decoder|lm_head|vision_model|visual_projection|text_projection|logit_scale)\b|.*position_ids$")
+PUBLISHED: dict[str, dict[str, Any]] = {  # T5-XXL v1.1 and CLIP-L, where they differ from transformers' defaults
+    "t5": {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    | {"feed_forward_proj": "gated-gelu"},
+    "clip": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+}
+_READ = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def load_weights(
-    module: Module, path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    module: Module,
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    low_memory: bool = False,
 ) -> Module:
-    """Give a module, best made on the meta device, the weights of a safetensors file or of a folder of shards.
+    """Give a module, best made on the meta device, the weights of a file or of a folder of shards.
 
-    Names and shapes are compared before anything is read. Each tensor is then read, moved and cast by itself and put
-    in place of the module's own, so that the peak memory is the weights once. The module is left in eval mode, and
-    its weights without gradients. Without ``dtype`` they keep that of the file; where it holds several, since a
-    forward takes one, they get the narrowest that holds the values of all: float32 for bfloat16 and float32.
+    A transformer, an autoencoder or a text encoder is found in a file of several parts, in either layout, and in
+    quantized files. Names and shapes are compared before anything is read. Each tensor is then read, cast and moved by
+    itself and put in place of the module's own, so that the peak memory is the weights once, and nothing on a CPU where
+    they need no change: they stay mapped. The module is left in eval mode, and its weights without gradients. Without
+    ``dtype`` they keep that of the file; where it holds several, since a forward takes one, they get the narrowest that
+    holds the values of all: float32 for bfloat16 and float32.
+
+    With ``low_memory`` nothing is kept: each layer's weights are read, widened, cast and moved when it runs, and left
+    when it has run.
 
     Raises:
-        WeightsError: the file is not whole safetensors, or its names, shapes or dtypes differ; nothing is loaded then.
-            Or a value is too large for ``dtype``.
+        WeightsError: the file is not whole, or its names, shapes or dtypes differ; nothing is loaded then. Or a value
+            is too large for ``dtype``.
     """
-    checkpoint = Checkpoint(path, dtype)
-    check_shapes(checkpoint, {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
-    held = {entry.dtype for entry in checkpoint.entries.values()}
-    if len(held) > 1:
-        eight_bits = {torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.bfloat16}  # promoted to nothing
-        checkpoint = Checkpoint(path, reduce(torch.promote_types, (eight_bits.get(each, each) for each in held)))
-    module.load_state_dict({name: checkpoint[name].to(device) for name in module.state_dict()}, assign=True)
+    tensors = weights_of(module, path, dtype)
+    if low_memory:
+        stream(module, tensors, device)
+    else:
+        read: dict[str, Tensor] = {}
+        for name in module.state_dict():
+            read[name] = tensors[name].to(device)
+        module.load_state_dict(read, assign=True)
     return module.eval().requires_grad_(False)
+
+
+def needed(files: Files, device: torch.device | str, dtype: torch.dtype) -> int:
+    """Bytes of memory that the files' tensors take on the device: none on a CPU for those that can stay mapped."""
+    total = 0
+    for path in {files.transformer, files.autoencoder, files.t5, files.clip}:
+        tensors = open_tensors(path).cast(dtype)
+        mapped = tensors.mapped and torch.device(device).type == "cpu"
+        total += 0 if mapped else sum(entry.nbytes for entry in tensors.entries.values())
+    return total
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that can be had on a device; on a system that does not tell, more than any model takes."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return sys.maxsize
+
+
+def weights_of(module: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -> Tensors:
+    """A file's tensors under the module's names, checked, and cast when they are read.
+
+    Raises:
+        WeightsError: as ``load_weights`` says.
+    """
+    if isinstance(module, (Flux, AutoEncoder)):
+        return opened(path, module.config, "official", dtype, True)
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    kind = {"T5EncoderModel": "t5", "CLIPTextModel": "clip"}.get(type(module).__name__)
+    tensors = open_tensors(path) if kind is None else _encoder(open_part(path, kind), wanted)
+    check_shapes(tensors, wanted)
+    return tensors.cast(dtype or _narrowest(tensors))
+
+
+def opened(
+    path: str | Path, config: Config, to: Layout, dtype: torch.dtype | None = None, narrow: bool = False
+) -> Tensors:
+    """A transformer's or an autoencoder's tensors in a layout, checked; each cast and translated when it is read.
+
+    ``narrow``: without a dtype, all get the narrowest that holds the values of all.
+
+    Raises:
+        WeightsError: as ``load_weights`` says; or tensors of several dtypes become one.
+    """
+    part = open_part(path, "transformer" if isinstance(config, FluxConfig) else "autoencoder")
+    check_shapes(part.tensors, shapes(config, part.layout), part)
+    cast = part.tensors.cast(dtype or (_narrowest(part.tensors) if narrow else None))
+    return cast if part.layout == to else translated(cast, config, to)
+
+
+def _narrowest(tensors: Tensors) -> torch.dtype | None:
+    held = {entry.dtype for entry in tensors.entries.values()}
+    eight_bits = {torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.bfloat16}  # promoted to nothing
+    return reduce(torch.promote_types, (eight_bits.get(each, each) for each in held)) if len(held) > 1 else None
+
+
+def _encoder(part: Part, wanted: Shapes) -> Tensors:
+    """A text encoder's tensors under transformers' names, and its one table of words under both of its names."""
+    names = {name: name for name in part.tensors if not UNUSED.fullmatch(name)}
+    if part.layout == "llama.cpp":
+        with importing():
+            from gguf import MODEL_ARCH, get_tensor_name_map
+
+        table = get_tensor_name_map(MODEL_ARCH.T5ENCODER, len(wanted))
+        known = {name: table.get_name(name, (".weight",)) for name in wanted}
+        names = {name: theirs for name, theirs in known.items() if theirs in names}
+        names |= {name: name for name in part.tensors if name not in names.values()}
+    for one, other in (tie := ("shared.weight", "encoder.embed_tokens.weight")), tie[::-1]:
+        if one in names and other in wanted:
+            names.setdefault(other, names[one])
+    return part.tensors.renamed(names)
 
 
 def autoencoder_config(variant: Variant, path: str | Path) -> AutoEncoderConfig:
@@ -54,9 +147,9 @@ def autoencoder_config(variant: Variant, path: str | Path) -> AutoEncoderConfig:
     Raises:
         WeightsError: the file cannot be read, or they are no such numbers.
     """
-    checkpoint = Checkpoint(path)
-    told: dict[str, Any] = dict(checkpoint.metadata)
-    beside = (checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent) / "config.json"
+    path = Path(path).expanduser()
+    told: dict[str, Any] = open_tensors(path).metadata
+    beside = (path if path.is_dir() else path.parent) / "config.json"
     if beside.is_file() and (config := read_json(beside)).get("_class_name") == "AutoencoderKL":
         told = {"shift_factor": config.get("shift_factor") or 0}  # null there is no shift
         told |= {"scale_factor": config["scaling_factor"]} if "scaling_factor" in config else {}
@@ -64,50 +157,69 @@ def autoencoder_config(variant: Variant, path: str | Path) -> AutoEncoderConfig:
     try:
         return replace(variant.autoencoder, **{name: float(factor) for name, factor in factors.items()})  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
-        raise WeightsError(f"{checkpoint.path}: its VAE's {factors} cannot be used ({error})") from error
+        raise WeightsError(f"{path}: its VAE's {factors} cannot be used ({error})") from error
 
 
-def check_shapes(checkpoint: Checkpoint, wanted: Shapes) -> None:
+def check_shapes(tensors: Tensors, wanted: Shapes, part: Part | None = None) -> None:
     """
     Raises:
         WeightsError: a name, a shape or a dtype is not as wanted; the message lists what differs, and says what the
-            checkpoint looks like.
+            file looks like.
     """
-    found = {name: entry.shape for name, entry in checkpoint.entries.items()}
     wrong = [
         f"{name} is {entry.dtype} {list(entry.shape)}, where floating {list(wanted[name])} was expected"
-        for name, entry in checkpoint.entries.items()
-        if name in wanted and (entry.shape != wanted[name] or not entry.is_floating_point())
+        for name, entry in tensors.entries.items()
+        if name in wanted and (tuple(entry.shape) != wanted[name] or entry.dtype not in _READ)
     ]
-    problems = [describe_difference(wanted, found), f"{len(wrong)} different: {listed(wrong)}" if wrong else ""]
-    if not any(problems):
-        return
-    prefixes = sorted({match[0] for name in found if (match := _PREFIX.match(name))})
-    prefix = max(prefixes, key=lambda each: sum(each + name in found for name in wanted), default="")
-    looks = looks_like({name.removeprefix(prefix): shape for name, shape in found.items() if name.startswith(prefix)})
-    hint = f". It looks like {looks}" if looks else ""
-    if prefix:
-        hint += f". Names begin with {prefix!r}: save this part's tensors alone, without that prefix"
-    raise WeightsError(f"{checkpoint.path}: not what was expected: {'; '.join(filter(None, problems))}{hint}")
+    problems = [describe_difference(wanted, tensors), f"{len(wrong)} different: {listed(wrong)}" if wrong else ""]
+    if any(problems):
+        hint = f". It looks like {part}" if part and part.variants else ""
+        raise WeightsError(f"{tensors.path}: not what was expected: {'; '.join(filter(None, problems))}{hint}")
 
 
-def load_encoder(kind: Any, source: str | Path, dtype: torch.dtype | Literal["auto"] = "auto") -> Any:
-    """A text encoder as transformers' class loads it, if the files have all of its weights and none that it leaves.
+def empty_encoder(kind: str, source: str | Path, chosen: Variant | None = None) -> Any:
+    """transformers' T5 encoder ("t5") or CLIP text model ("clip") on the meta device, for the weights of ``source``.
 
-    They are a folder in the Hugging Face format, or a hub name; the encoder may be a part of a larger model there.
+    A folder's config is its own; a file has none, and those of the variant serve it: in data/, or the published.
 
     Raises:
-        OSError: neither a folder nor a hub name that can be reached.
-        WeightsError: weights are missing or unexpected, as in quantized files, or cannot be read.
+        WeightsError: the folder's config cannot be read, or there is none.
     """
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    try:
-        model, found = kind.from_pretrained(os.path.expanduser(source), **options)
-    except (SafetensorError, RuntimeError) as error:
-        raise WeightsError(f"{source}: no {kind.__name__} can be read from it ({error})") from error
-    unexpected = [name for name in found["unexpected_keys"] if not _LARGER.match(name)]
-    if problem := describe_difference(found["missing_keys"], unexpected):
-        kept = "whole" if found["missing_keys"] else "plain"
-        hint = "; weights with scales beside them are quantized, and not read here" if unexpected else ""
-        raise WeightsError(f"{source}: not a {kept} {kind.__name__}: {problem}{hint}")
-    return model
+    with importing():
+        from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    classes: dict[str, tuple[Any, Any]] = {"t5": (T5Config, T5EncoderModel), "clip": (CLIPTextConfig, CLIPTextModel)}
+    config_class, model_class = classes[kind]
+    folder = Path(source).expanduser()
+    if not folder.is_dir() and chosen is not None and chosen.embedded:
+        folder = data_folder() / {"t5": chosen.t5, "clip": chosen.clip}[kind]
+    if folder.is_dir():
+        told = read_json(folder / "config.json")
+        config = config_class.from_dict(told.get("text_config", told))  # CLIP's may tell of both its towers
+    else:
+        config = config_class(**PUBLISHED[kind])
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def load_encoder(
+    kind: str,
+    source: str | Path,
+    chosen: Variant | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    low_memory: bool = False,
+) -> Any:
+    """A text encoder of transformers, "t5" or "clip", with all of a file's or a folder's weights, and none left over.
+
+    It may be a part of a larger model there. ``chosen`` is the variant whose config serves a file.
+
+    Raises:
+        WeightsError: weights are missing or unexpected, or cannot be read.
+    """
+    encoder = load_weights(empty_encoder(kind, source, chosen), source, device, dtype, low_memory)
+    for name, buffer in list(encoder.named_buffers()):  # CLIP's places, which no file holds
+        path, _, own = name.rpartition(".")
+        places = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
+        encoder.get_submodule(path).register_buffer(own, places, persistent=False)
+    return encoder

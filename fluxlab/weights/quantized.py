@@ -1,0 +1,122 @@
+"""Quantized files: GGUF, and eight-bit floats with scales; widened tensor by tensor, as they are read. Chapter 15."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fluxlab.extras import importing
+from fluxlab.files import Tensors, WeightsError, listed
+
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of GGUF's types
+_ARCHITECTURES = ("flux", "t5", "t5encoder", None)  # None is what stable-diffusion.cpp writes
+_EIGHT_BITS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+_SCALE = re.compile(r"(.*)\.(?:scale_weight|weight_scale)")
+_BESIDE = re.compile(r"(?:.*\.)?(?:scaled_fp8|scale_input|input_scale|comfy_quant)")  # marks; scales of activations
+_BITSANDBYTES = re.compile(r".*\.(?:SCB|weight_format|absmax|quant_map|quant_state\.bitsandbytes__\w+)")
+
+
+def read_gguf(path: Path) -> Tensors:
+    """A GGUF file: floats stay mapped, quantized tensors become float32, as the gguf package dequantizes them.
+
+    Raises:
+        WeightsError: the file is not whole, is of another architecture, or has a type that cannot be dequantized.
+
+    Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+    """
+    with importing():
+        from gguf import GGML_QUANT_SIZES, GGUFReader
+        from gguf.quants import dequantize
+
+    try:
+        reader = GGUFReader(path, "c")
+        told = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
+        given = {tensor.name: tensor for tensor in reader.tensors}
+        for kind in {tensor.tensor_type for tensor in given.values()}:
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)  # or it says that it cannot
+        entries = {}
+        for name, tensor in given.items():
+            shape = told.get(f"comfy.gguf.orig_shape.{name}") or tensor.shape[::-1].tolist()
+            entries[name] = torch.empty(shape, dtype=_FLOATS.get(tensor.tensor_type.name), device="meta")
+            if entries[name].numel() != tensor.n_elements:
+                raise WeightsError(f"{name} has {tensor.n_elements} numbers, where its shape {shape} says another")
+        places = sorted((tensor.data_offset, tensor.data_offset + int(tensor.n_bytes)) for tensor in given.values())
+        if any(end > start for (_, end), (start, _) in pairwise(places)):
+            raise WeightsError("its tensors overlap")
+    except Exception as error:  # the package stumbles in many ways over a spoilt file
+        raise WeightsError(f"{path}: not a whole GGUF file that can be read ({error}); fetch it again") from error
+    if (architecture := told.get("general.architecture")) not in _ARCHITECTURES:
+        raise WeightsError(f"{path}: a GGUF file of {architecture!r}, where 'flux' or 't5encoder' was expected")
+
+    def read(name: str) -> Tensor:
+        tensor, entry = given[name], entries[name]
+        if tensor.tensor_type.name in _FLOATS:
+            return torch.from_numpy(tensor.data).view(entry.dtype).reshape(entry.shape)
+        return _finite(torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).reshape(entry.shape), name, path)
+
+    kinds = Counter(tensor.tensor_type.name for tensor in given.values())
+    return Tensors(path, entries, read, {"quantization": _counted(kinds)}, kinds.keys() <= _FLOATS.keys())
+
+
+def unscaled(tensors: Tensors) -> Tensors:
+    """A safetensors file's own tensors; of eight-bit floats with a scale beside them, the float32 product.
+
+    Raises:
+        WeightsError: it is quantized in a way that is not read here; or a scale is without its weight, of a shape that
+            fits nothing, or not finite.
+    """
+    path, names = tensors.path, list(tensors)
+    if found := list(filter(_BITSANDBYTES.fullmatch, names)):
+        said = f"quantized by bitsandbytes ({listed(found, 2)}), which only bitsandbytes reads"
+        raise WeightsError(f"{path}: {said}; take the bfloat16, fp8 or GGUF file of the same model")
+    others = {kind for kind in _formats(tensors) if kind not in _EIGHT_BITS}
+    if others:
+        raise WeightsError(f"{path}: quantized as {listed(sorted(others))}, which is not read; take fp8 or GGUF")
+    scales = {f"{match[1]}.weight": name for name in names if (match := _SCALE.fullmatch(name))}
+    entries = {n: e for n, e in tensors.entries.items() if not (_SCALE.fullmatch(n) or _BESIDE.fullmatch(n))}
+    for weight, scale in scales.items():
+        entry, factor = entries.get(weight), tensors.entries[scale]
+        if entry is None or entry.dtype not in _EIGHT_BITS.values() or factor.numel() not in (1, *entry.shape[:1]):
+            what = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
+            raise WeightsError(f"{path}: {scale} {list(factor.shape)} scales {weight}, which is {what}")
+        _finite(tensors[scale].float(), scale, path)
+        entries[weight] = entry.to(torch.float32)
+
+    def read(name: str) -> Tensor:
+        if name not in scales:
+            return tensors[name]
+        factor = tensors[scales[name]].float()
+        weight = tensors[name].float()
+        return weight * (factor if factor.numel() == 1 else factor.reshape(-1, *(1,) * (weight.ndim - 1)))
+
+    kinds = Counter(str(tensors.entries[name].dtype).removeprefix("torch.") for name in entries)
+    said = _counted(kinds) + (f"; {len(scales)} with a scale" if scales else "")
+    return Tensors(path, entries, read, tensors.metadata | {"quantization": said}, tensors.mapped and not scales)
+
+
+def _formats(tensors: Tensors) -> set[str]:
+    """What ComfyUI's newer files say of their layers, in the metadata or in a tensor of JSON beside each."""
+    try:
+        said = [*json.loads(tensors.metadata.get("_quantization_metadata", "{}")).get("layers", {}).values()]
+        marks = [name for name in tensors if name.endswith(".comfy_quant")]
+        said += [json.loads(bytes(tensors[name].flatten().tolist())) for name in marks]
+        return {str(layer["format"]) for layer in said}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise WeightsError(f"{tensors.path}: what it says of its quantization cannot be read ({error!r})") from error
+
+
+def _finite(tensor: Tensor, name: str, path: Path) -> Tensor:
+    if not tensor.isfinite().all():
+        raise WeightsError(f"{path}: {name} has values that are not finite; fetch the file again")
+    return tensor
+
+
+def _counted(kinds: Counter[str]) -> str:
+    return ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())

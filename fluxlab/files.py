@@ -118,12 +118,12 @@ def _shards(path: Path) -> tuple[list[Path], Collection[str] | None]:
     if path.name.endswith(".index.json"):
         try:
             promised = read_json(path)["weight_map"]
-            files = {path.parent / file for file in promised.values()}
+            shards = {path.parent / file for file in promised.values()}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise WeightsError(f"{path}: not an index of shards ({error!r})") from error
-        if absent := sorted(file.name for file in files if not file.exists()):
+        if absent := sorted(file.name for file in shards if not file.exists()):
             raise WeightsError(f"{path}: names {len(absent)} files that are not there: {listed(absent)}; fetch them")
-        return sorted(files), promised
+        return sorted(shards), promised
     return [path], None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from numbers import Real
@@ -28,6 +28,7 @@ from fluxlab.pipeline.text import TextEncoders
 from fluxlab.pipeline.tiles import decode, encode
 from fluxlab.weights.find import find_files
 from fluxlab.weights.load import autoencoder_config, free_memory, load_weights, needed
+from fluxlab.weights.lora import Lora
 
 Pictures = Picture | list[Picture]
 
@@ -48,6 +49,7 @@ class Pipeline:
     text: TextEncoders
     device: torch.device | str = "cpu"  # of what the parts are given: their weights may be offloaded or quantized
     dtype: torch.dtype = torch.float32  # likewise
+    lora: Lora | None = None  # that it was loaded with
 
     @torch.no_grad()
     def __call__(
@@ -160,6 +162,17 @@ class Pipeline:
         latents = unpack(tokens, height, width).to(self.device, self.dtype)
         return as_pictures(torch.cat([decode(self.autoencoder, latent, tiled) for latent in latents.split(1)]))
 
+    def add_lora(self, files: Mapping[Any, float]) -> Lora:
+        """Put LoRA files on the model, each with its strength, in every dialect: ``{"style.safetensors": 0.8}``.
+
+        They are kept apart from the weights until ``merge`` of what is returned, and taken off by its ``undo``.
+
+        Raises:
+            WeightsError: a file cannot be read, or does not fit the model; nothing is changed then.
+            ValueError: a strength is no finite number.
+        """
+        return Lora({"transformer": self.model, "clip": self.text.clip, "t5": self.text.t5}, files)
+
     def to(self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Pipeline:
         """Move and cast every part, in place, with the arguments of a module's ``to``.
 
@@ -248,6 +261,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     *,
+    lora: Mapping[Any, float] | None = None,
     low_memory: bool | None = None,
     **files: str | Path | None,
 ) -> Pipeline:
@@ -259,6 +273,7 @@ def load(
             a repository on the Hugging Face hub.
         device: where the model runs.
         dtype: of the weights and of the arithmetic. Quantized files are widened to it.
+        lora: LoRA files, each with its strength; they are kept apart, and the pipeline's ``lora`` takes them off.
         low_memory: whether each layer's weights are read, widened and moved when it runs, and left when it has run, so
             that a model larger than the memory runs; by default, if they would not fit.
         **files: ``transformer``, ``autoencoder``, ``t5``, ``clip``: loose files (or folders), each in place of the
@@ -290,4 +305,6 @@ def load(
     load_weights(autoencoder, found.autoencoder, device, dtype, low_memory)
     words = (chosen.t5_length, chosen.clip_length, found.t5_tokenizer, found.clip_tokenizer)
     text = TextEncoders.load(found.t5, found.clip, *words, device, dtype, low_memory, chosen)
-    return Pipeline(chosen, model, autoencoder, text, device, dtype)
+    pipe = Pipeline(chosen, model, autoencoder, text, device, dtype)
+    pipe.lora = pipe.add_lora(lora) if lora else None
+    return pipe

@@ -59,7 +59,7 @@ def read_gguf(path: Path) -> Tensors:
         tensor, entry = given[name], entries[name]
         if tensor.tensor_type.name in _FLOATS:
             return torch.from_numpy(tensor.data).view(entry.dtype).reshape(entry.shape)
-        return _finite(torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).reshape(entry.shape), name, path)
+        return finite(torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).reshape(entry.shape), name, path)
 
     kinds = Counter(tensor.tensor_type.name for tensor in given.values())
     return Tensors(path, entries, read, {"quantization": _counted(kinds)}, kinds.keys() <= _FLOATS.keys())
@@ -86,7 +86,7 @@ def unscaled(tensors: Tensors) -> Tensors:
         if entry is None or entry.dtype not in _EIGHT_BITS.values() or factor.numel() not in (1, *entry.shape[:1]):
             what = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
             raise WeightsError(f"{path}: {scale} {list(factor.shape)} scales {weight}, which is {what}")
-        _finite(tensors[scale].float(), scale, path)
+        finite(tensors[scale].float(), scale, path)
         entries[weight] = entry.to(torch.float32)
 
     def read(name: str) -> Tensor:
@@ -112,7 +112,14 @@ def _formats(tensors: Tensors) -> set[str]:
         raise WeightsError(f"{tensors.path}: what it says of its quantization cannot be read ({error!r})") from error
 
 
-def _finite(tensor: Tensor, name: str, path: Path) -> Tensor:
+def finite(tensor: Tensor, name: str, path: Path) -> Tensor:
+    """The tensor.
+
+    Raises:
+        WeightsError: it is not floating, or has NaN or infinity in it.
+    """
+    if not tensor.is_floating_point():
+        raise WeightsError(f"{path}: {name} is {tensor.dtype}, where floating was expected")
     if not tensor.isfinite().all():
         raise WeightsError(f"{path}: {name} has values that are not finite; fetch the file again")
     return tensor

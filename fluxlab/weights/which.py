@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxlab.files import Checkpoint, Tensors, WeightsError, listed
+from fluxlab.weights.dialects import dialect
 from fluxlab.weights.layouts import variants_of
 from fluxlab.weights.quantized import read_gguf, unscaled
 
@@ -35,8 +36,8 @@ UNUSED = re.compile(
 class Part:
     """One part of a model in a file, with its names as the layout has them: prefixes are taken off, values widened."""
 
-    kind: str  # transformer, autoencoder, t5 or clip
-    layout: Any  # official, diffusers, transformers or llama.cpp
+    kind: str  # transformer, autoencoder, t5, clip or lora
+    layout: Any  # official, diffusers, transformers or llama.cpp; of a LoRA its dialect
     prefix: str
     variants: list[str]  # whose transformer or autoencoder it may be
     tensors: Tensors
@@ -44,7 +45,9 @@ class Part:
     def __str__(self) -> str:
         of = f" of {' or '.join(self.variants)}" if self.variants else " of no variant here"
         width = self.tensors.entries.get("shared.weight", self.tensors.entries.get("token_embd.weight"))
-        sizes = {"t5": f" of width {'?' if width is None else width.shape[-1]}", "clip": ""}.get(self.kind, of)
+        sizes = {"t5": f" of width {'?' if width is None else width.shape[-1]}", "clip": "", "lora": ""}.get(
+            self.kind, of
+        )
         numbers = sum(entry.numel() for entry in self.tensors.entries.values())
         prefix = f"names after {self.prefix!r}; " if self.prefix else ""
         said = f"the {_CALLED[self.kind]}{sizes} in the {self.layout} layout; {prefix}"
@@ -52,6 +55,7 @@ class Part:
 
 
 _CALLED = {"transformer": "transformer", "autoencoder": "autoencoder", "t5": "T5 encoder", "clip": "CLIP text model"}
+_CALLED["lora"] = "LoRA"
 
 
 def which(path: str | Path) -> list[Part]:
@@ -61,6 +65,8 @@ def which(path: str | Path) -> list[Part]:
         WeightsError: it cannot be read, or holds none of FLUX's parts; the message says what it looks like.
     """
     tensors = open_tensors(path)
+    if (who := dialect(tensors)) is not None:
+        return [Part("lora", who, "", [], tensors)]
     found: dict[tuple[str, str], set[str]] = {}
     for part, begins in _PARTS.items():
         matches = (re.match(_PREFIX + begins, name) for name in tensors)

@@ -1,0 +1,157 @@
+"""LoRA on a model: kept apart from its weights, or merged into them, and taken off again. Opened in chapter 15.
+
+A LoRA adds ``strength * alpha / rank * up(down(x))`` to what a Linear gives (Hu et al. 2021, arXiv:2106.09685).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import isfinite
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fluxlab.files import WeightsError
+from fluxlab.weights.dialects import Change, read_lora
+
+
+class Lora:
+    """LoRA files on a model, at first kept apart from its weights. A context manager: ``undo`` when it is left."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], files: Mapping[Any, float]) -> None:
+        """Of modules by part, "transformer", "clip" and "t5"; and of files, each with its strength, usually 0 to 1.
+
+        Raises:
+            WeightsError: a file cannot be read, or does not fit the modules; nothing is changed then.
+            ValueError: a strength is no finite number.
+        """
+        self.strengths = {str(file): _checked(file, strength) for file, strength in files.items()}
+        self.merged = False
+        self._model: Any = modules["transformer"]
+        self._changes: dict[Any, list[tuple[str, Change]]] = defaultdict(list)
+        self._scales: dict[Any, Tensor] = {}  # of norms, which BFL's files replace
+        self._before: list[Callable[[], None]] = []  # each gives one thing back
+        for file in self.strengths:
+            changes, scales = read_lora(Path(file).expanduser(), modules)
+            if self._scales.keys() & scales:
+                raise WeightsError(
+                    f"{file}: replaces the scales of norms, as another of the files does; give one of them"
+                )
+            self._scales |= scales
+            for change in changes:
+                self._changes[change.layer].append((file, change))
+        self._keep_apart()
+
+    def set_strength(self, file: str | Path, strength: float) -> None:
+        """Change how much of a file is added. Scales of norms that it replaces are its own at any strength.
+
+        Raises:
+            ValueError: the strength is no finite number, or there is no such file here.
+        """
+        if str(file) not in self.strengths:
+            raise ValueError(f"{str(file)!r} is none of these LoRAs: {', '.join(self.strengths)}")
+        self.strengths[str(file)] = _checked(file, strength)
+        if self.merged:
+            self.merge()
+
+    def merge(self) -> None:
+        """Add all to the weights, in float32 and rounded once.
+
+        The weights from before are kept for ``undo``, which takes memory where they are not mapped to their file.
+
+        Raises:
+            WeightsError: weights are quantized, or not in memory; nothing is changed then.
+        """
+        for layer in self._changes:
+            if layer.weight.is_meta or not layer.weight.is_floating_point():
+                raise WeightsError(f"a weight is {layer.weight.dtype} on {layer.weight.device}; keep the LoRA apart")
+        self.undo()
+        for layer, changes in self._changes.items():
+            extra = max(change.down.shape[1] for _, change in changes) - layer.in_features
+            weight = F.pad(layer.weight.float(), (0, extra))
+            bias = None if layer.bias is None else layer.bias.float()
+            for file, change in changes:
+                by = self.strengths[file] * change.scale
+                weight = weight + by * (change.up.to(weight) @ change.down.to(weight))
+                if change.bias is not None:
+                    bias = by * change.bias.to(weight) + (0 if bias is None else bias)
+            self._set(layer, "in_features", layer.in_features + extra)
+            self._set(layer, "bias", None if bias is None else _parameter(bias.to(layer.weight)))
+            self._set(layer, "weight", _parameter(weight.to(layer.weight)))
+        for norm, scale in self._scales.items():
+            self._set(norm, "scale", _parameter(scale.to(norm.scale)))
+        self._widen()
+        self.merged = True
+
+    def undo(self) -> None:
+        """Take all off: the weights are again those from before, bit by bit."""
+        while self._before:
+            self._before.pop()()
+        self.merged = False
+
+    def __enter__(self) -> Lora:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        files = ", ".join(f"{file} at {strength:g}" for file, strength in self.strengths.items())
+        return f"Lora({files}: {len(self._changes)} layers, {'merged' if self.merged else 'apart'})"
+
+    def _keep_apart(self) -> None:
+        """In the layers' forwards, and not in hooks: who looks at a layer's output sees the sum."""
+        for layer, changes in self._changes.items():
+            self._wrap(layer, lambda inner, x, layer=layer, changes=changes: self._sum(inner, x, layer, changes))
+        for norm, scale in self._scales.items():
+            self._wrap(norm, lambda inner, x, norm=norm, scale=scale: _with_scale(inner, x, norm, scale))
+        self._widen()
+
+    def _sum(self, inner: Any, x: Tensor, layer: Any, changes: list[tuple[str, Change]]) -> Tensor:
+        total = inner(x[..., : layer.in_features])
+        for file, change in changes:
+            if by := self.strengths[file] * change.scale:
+                bias = None if change.bias is None else change.bias.to(x)
+                total = total + by * F.linear(F.linear(x, change.down.to(x)), change.up.to(x), bias)
+        return total
+
+    def _wrap(self, layer: Any, forward: Callable[..., Tensor]) -> None:
+        inner, own = layer.forward, vars(layer).get("forward")
+        layer.forward = lambda x: forward(inner, x)
+        self._before.append(lambda: delattr(layer, "forward") if own is None else setattr(layer, "forward", own))
+
+    def _widen(self) -> None:
+        """A model that is shown edges or depth beside the noise takes them as more channels."""
+        columns = max((change.down.shape[1] for _, change in self._changes.get(self._model.img_in, ())), default=0)
+        if columns > self._model.config.in_channels:
+            self._set(self._model, "config", replace(self._model.config, in_channels=columns))
+
+    def _set(self, owner: Any, name: str, value: object) -> None:
+        before = getattr(owner, name)
+        setattr(owner, name, value)
+        self._before.append(lambda: setattr(owner, name, before))
+
+
+def _with_scale(inner: Any, x: Tensor, norm: Any, scale: Tensor) -> Tensor:
+    """A norm with another scale, for this call: where weights come and go, its own comes anew each time."""
+    own = norm.scale
+    norm.scale = _parameter(scale.to(own))
+    try:
+        return inner(x)
+    finally:
+        norm.scale = own
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _checked(file: object, strength: float) -> float:
+    if not (isinstance(strength, Real) and isfinite(strength)):
+        raise ValueError(f"strength of {file} is {strength!r}; give a finite number, such as 0.8")
+    return float(strength)

@@ -1,0 +1,489 @@
+"""LoRA files of every dialect, beside diffusers' loading of the same file and formulas: apart, merged, taken off."""
+
+import json
+import re
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.loaders.lora_conversion_utils import (
+    _convert_bfl_flux_control_lora_to_diffusers as bfl_to_diffusers,
+)
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import nn
+from typer.testing import CliRunner
+
+import fluxlab as fl
+from fluxlab.cli import app
+from fluxlab.files import write_tensors
+from fluxlab.weights.convert import diffusers_config
+from fluxlab.weights.dialects import read_lora
+from fluxlab.weights.layouts import rules, to_diffusers
+from fluxlab.weights.lora import Lora
+from tests.helpers import SMALL, randomise, small_inputs
+
+WIDE = fl.FluxConfig(depth=1, depth_single_blocks=1)
+LAYERS = (
+    "double_blocks.0.img_attn.qkv",
+    "double_blocks.1.txt_mlp.0",
+    "single_blocks.2.linear1",
+    "single_blocks.0.linear2",
+)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))) / shape[-1] ** 0.5
+
+
+def factors(model, layer, rank=4, seed=0):
+    linear = model.get_submodule(layer)
+    return draw(rank, linear.in_features, seed=seed), draw(linear.out_features, rank, seed=seed + 1)
+
+
+def official(model, layers=LAYERS, prefix="", down="lora_A", up="lora_B", rank=4, seed=0, **more):
+    """A file's tensors, and what they add to each weight."""
+    tensors, added = {}, {}
+    for layer in layers:
+        a, b = factors(model, layer, rank, seed)
+        tensors |= {f"{prefix}{layer}.{down}.weight": a, f"{prefix}{layer}.{up}.weight": b}
+        tensors |= {f"{prefix}{layer}.{name}": torch.tensor(value) for name, value in more.items()}
+        added[layer] = b @ a * (more.get("alpha", rank) / rank)
+    return tensors, added
+
+
+def merged_by_hand(model, added, strength=1.0):
+    other = type(model)(model.config)
+    changed = {f"{layer}.weight": strength * delta for layer, delta in added.items()}
+    other.load_state_dict({name: tensor + changed.get(name, 0) for name, tensor in model.state_dict().items()})
+    return other.eval()
+
+
+def out(model, inputs=None):
+    with torch.no_grad():
+        return model(**(inputs or small_inputs()))
+
+
+@pytest.fixture
+def model():
+    return randomise(fl.Flux(SMALL))
+
+
+def underscored(tensors, start):
+    """As kohya names a layer."""
+    layers = {name: re.split(r"\.(?=lora_|alpha)", name)[0] for name in tensors}
+    return {start + name.replace(".", "_", layers[name].count(".")): tensor for name, tensor in tensors.items()}
+
+
+DIALECTS = {
+    "official names": (official, {}, ""),
+    "ai-toolkit": (official, {"prefix": "diffusion_model."}, ""),
+    "PEFT's prefix": (official, {"prefix": "base_model.model.", "alpha": 2.0}, ""),
+    "kohya": (official, {"down": "lora_down", "up": "lora_up", "alpha": 2.0}, "lora_unet_"),
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_dialect_adds_what_merging_by_hand_adds(tmp_path, model, dialect):
+    write, options, start = DIALECTS[dialect]
+    tensors, added = write(model, **options)
+    write_tensors(underscored(tensors, start) if start else tensors, tmp_path / "x.safetensors")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    base = out(model)
+    expected, weaker = (out(merged_by_hand(model, added, strength)) for strength in (0.7, 0.2))
+    lora = Lora({"transformer": model}, {tmp_path / "x.safetensors": 0.7})
+    assert (out(model) - base).norm() > 0.01 * base.norm()
+    torch.testing.assert_close(out(model), expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    lora.merge()
+    torch.testing.assert_close(out(model), expected, rtol=1e-4, atol=1e-5)
+    lora.set_strength(tmp_path / "x.safetensors", 0.2)
+    torch.testing.assert_close(out(model), weaker, rtol=1e-4, atol=1e-5)
+    lora.undo()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert torch.equal(out(model), base)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.fixture(scope="module")
+def peft_file(tmp_path_factory):
+    """Written by diffusers, of a LoRA on every Linear of its transformer, with an alpha that is not its rank."""
+    folder = tmp_path_factory.mktemp("peft")
+    model = randomise(fl.Flux(SMALL))
+    theirs = FluxTransformer2DModel.from_config(diffusers_config(SMALL))
+    theirs.load_state_dict(to_diffusers(model.state_dict(), SMALL))
+    linears = [name for name, module in theirs.named_modules() if isinstance(module, nn.Linear)]
+    theirs.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=linears, init_lora_weights=False))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(draw(*parameter.shape))
+    FluxPipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(theirs),
+        transformer_lora_adapter_metadata=theirs.peft_config["default"].to_dict(),
+    )
+    inputs = small_inputs()
+    given = [inputs[name] for name in ("img", "txt", "y", "timesteps")]
+    with torch.no_grad():
+        expected = theirs(*given, inputs["img_ids"][0], inputs["txt_ids"][0], inputs["guidance"]).sample
+    return folder / "pytorch_lora_weights.safetensors", expected
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_file_that_diffusers_wrote_gives_its_output(peft_file, model, merged):
+    file, expected = peft_file
+    lora = Lora({"transformer": model}, {file: 1})
+    if merged:
+        lora.merge()
+    assert ((out(model) - expected).norm() / expected.norm()) < 1e-5
+    lora.undo()
+
+
+def test_diffusers_names_after_every_prefix(peft_file, tmp_path, model):
+    """Underscored too, as OneTrainer writes them; the alpha is in the file there."""
+    file, expected = peft_file
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in fl.files.read_tensors(file).items()}
+    alphas = {name.replace("lora_A.weight", "alpha"): torch.tensor(8.0) for name in tensors if "lora_A" in name}
+    words = {"lora_A": "lora_down", "lora_B": "lora_up"}
+    renamed = underscored(tensors | alphas, "lora_transformer_")
+    for theirs, kohya in words.items():
+        renamed = {name.replace(theirs, kohya): tensor for name, tensor in renamed.items()}
+    for each in (tensors | alphas, renamed):
+        write_tensors(each, tmp_path / "x.safetensors")
+        with Lora({"transformer": model}, {tmp_path / "x.safetensors": 1}):
+            assert ((out(model) - expected).norm() / expected.norm()) < 1e-5
+
+
+def wide_pair():
+    """Ours and theirs, of full width and a block of each kind: what diffusers' converters ask for."""
+    torch.manual_seed(0)
+    ours = fl.Flux(WIDE).eval().requires_grad_(False)
+    with torch.device("meta"):
+        theirs = FluxTransformer2DModel.from_config(diffusers_config(WIDE))
+    theirs.load_state_dict(to_diffusers(ours.state_dict(), WIDE), assign=True)
+    return ours, theirs.eval()
+
+
+def xlabs(model, rank=2):
+    """Beside a list of what it adds: rows of linear1 are qkv."""
+    tensors, added, hidden = {}, {}, model.config.hidden_size
+    words = {
+        "double_blocks.0.": {"qkv_lora1": "img_attn.qkv", "qkv_lora2": "txt_attn.qkv"}
+        | {"proj_lora1": "img_attn.proj", "proj_lora2": "txt_attn.proj"},
+        "single_blocks.0.": {"qkv_lora": "linear1", "proj_lora": "linear2"},
+    }
+    for block, names in words.items():
+        for theirs, own in names.items():
+            a, b = factors(model, block + own, rank)
+            b = b[: 3 * hidden] if own == "linear1" else b
+            tensors |= {f"{block}processor.{theirs}.down.weight": a, f"{block}processor.{theirs}.up.weight": b}
+            added[block + own] = nn.functional.pad(
+                b @ a, (0, 0, 0, model.get_submodule(block + own).out_features - len(b))
+            )
+    return tensors, added
+
+
+def test_kohya_and_xlabs_at_full_width_give_diffusers_output(tmp_path):
+    ours, theirs = wide_pair()
+    inputs = fl.example_inputs("flux-dev", 32, 32)
+    inputs.txt, inputs.txt_ids = inputs.txt[:, :3], inputs.txt_ids[:, :3]
+    k = inputs.kwargs()
+    given = (k["img"], k["txt"], k["y"], k["timesteps"], k["img_ids"][0], k["txt_ids"][0], k["guidance"])
+    doubles, singles = (
+        ("img_attn.qkv", "txt_attn.proj", "img_mlp.0", "txt_mod.lin"),
+        ("linear1", "linear2", "modulation.lin"),
+    )
+    layers = [f"double_blocks.0.{name}" for name in doubles] + [f"single_blocks.0.{name}" for name in singles]
+    kohya, _ = official(ours, layers, down="lora_down", up="lora_up", rank=2, alpha=1.0)
+    base = out(ours, k)
+    for tensors in (underscored(kohya, "lora_unet_"), xlabs(ours)[0]):
+        write_tensors(tensors, tmp_path / "x.safetensors")
+        with warnings.catch_warnings(action="ignore"):
+            converted = FluxPipeline.lora_state_dict(str(tmp_path), weight_name="x.safetensors")
+            theirs.load_lora_adapter(converted, prefix="transformer")
+        with torch.no_grad():
+            expected = theirs(*given).sample
+        theirs.delete_adapters("default_0")
+        with Lora({"transformer": ours}, {tmp_path / "x.safetensors": 1}):
+            found = out(ours, k)
+        assert (found - base).norm() / base.norm() > 1e-3
+        assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+def test_xlabs_is_what_its_names_say(tmp_path, model):
+    tensors, added = xlabs(model)
+    write_tensors(tensors, tmp_path / "x.safetensors")
+    with Lora({"transformer": model}, {tmp_path / "x.safetensors": 1.5}):
+        torch.testing.assert_close(out(model), out(merged_by_hand(model, added, 1.5)), rtol=1e-4, atol=1e-5)
+
+
+def bfl(model, rank=3, columns=128):
+    """On every Linear, with biases; norms replaced; img_in wider."""
+    tensors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            inside = columns if name == "img_in" else module.in_features
+            tensors |= {
+                f"{name}.lora_A.weight": draw(rank, inside),
+                f"{name}.lora_B.weight": draw(module.out_features, rank),
+            }
+            tensors[f"{name}.lora_B.bias"] = draw(module.out_features)
+        if name.endswith("_norm") and hasattr(module, "scale"):
+            tensors[f"{name}.scale"] = 1 + draw(*module.scale.shape)
+    return tensors
+
+
+def published(model, tensors, strength):
+    """In a model of its own: base(x) + (up(down(x)) + bias) * strength; scales loaded as they are."""
+    wide = fl.Flux(replace(model.config, in_channels=128)).eval()
+    state = model.state_dict()
+    state["img_in.weight"] = torch.cat((state["img_in.weight"], torch.zeros(len(state["img_in.weight"]), 64)), dim=1)
+    wide.load_state_dict(state | {name: tensor for name, tensor in tensors.items() if name.endswith("scale")})
+    for name, module in wide.named_modules():
+        if isinstance(module, nn.Linear):
+            a, b, bias = (tensors[f"{name}.lora_{end}"] for end in ("A.weight", "B.weight", "B.bias"))
+            module.register_forward_hook(
+                lambda _, args, base, a=a, b=b, bias=bias: base + (args[0] @ a.T @ b.T + bias) * strength
+            )
+    return wide
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_bfls_own_is_its_published_formula(tmp_path, model, merged):
+    tensors = bfl(model)
+    write_tensors(tensors, tmp_path / "x.safetensors")
+    inputs = small_inputs(img=draw(1, 12, 128))
+    base = out(model)
+    expected = out(published(model, tensors, 0.85), inputs)
+    with Lora({"transformer": model}, {tmp_path / "x.safetensors": 0.85}) as lora:
+        if merged:
+            lora.merge()
+        torch.testing.assert_close(out(model, inputs), expected, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match=r"img has shape \(1, 12, 64\); .* takes \(1, 12, 128\)"):
+            out(model)  # it is shown more now
+    assert torch.equal(out(model), base)
+    assert model.config == SMALL
+
+
+def test_bfls_names_at_full_depth_are_diffusers(tmp_path):
+    """Rank 2, of all 19 + 38 blocks: each matrix is what diffusers' converter makes of the same names.
+
+    But one: it swaps the halves of the last layer's down matrix as well, which are no shift and scale but ranks.
+    """
+    canny = fl.build("flux-canny-dev", device="meta")
+    tensors = {}
+    for name, module in canny.named_modules():
+        if isinstance(module, nn.Linear):
+            tensors |= {
+                f"{name}.lora_A.weight": draw(2, module.in_features),
+                f"{name}.lora_B.weight": draw(module.out_features, 2),
+            }
+            tensors[f"{name}.lora_B.bias"] = draw(module.out_features)
+        if name.endswith("_norm") and hasattr(module, "scale"):
+            tensors[f"{name}.scale"] = 1 + draw(*module.scale.shape)
+    write_tensors(tensors, tmp_path / "x.safetensors")
+    changes, scales = read_lora(tmp_path / "x.safetensors", {"transformer": canny})
+    theirs = bfl_to_diffusers(dict(tensors))
+    by_layer = {change.layer: change for change in changes}
+    assert len(scales) == 2 * (2 * 19 + 38)
+    compared = set()
+    for rule in rules(canny.config):
+        layer, _, kind = rule.official.rpartition(".")
+        module = canny.get_submodule(layer)
+        if kind == "scale":
+            (name,) = rule.diffusers
+            assert torch.equal(scales[module], theirs["transformer." + name])
+            compared.add("transformer." + name)
+        elif kind == "weight":
+            change = by_layer[module]
+            for role, ours in (("lora_B.weight", change.up), ("lora_B.bias", change.bias)):
+                for name, part in rule.split(ours).items():
+                    full = f"transformer.{name.removesuffix('weight')}{role}"
+                    assert torch.equal(part, theirs[full]), full
+                    down = change.down.flip(0) if rule.swapped else change.down
+                    assert torch.equal(down, theirs[full.replace(role, "lora_A.weight")])
+                    compared |= {full, full.replace(role, "lora_A.weight")}
+    assert compared == set(theirs)
+
+
+def test_text_encoders_are_changed_too(tmp_path, tiny):
+    modules = {"transformer": tiny.model, "clip": tiny.text.clip, "t5": tiny.text.t5}
+    layers = {
+        "clip": ("encoder.layers.0.self_attn.q_proj", "text_encoder.text_model.", "lora_te1_text_model_"),
+        "t5": ("encoder.block.1.layer.1.DenseReluDense.wo", "text_encoder_2.", "lora_te3_"),
+    }
+    for dotted in (True, False):
+        tensors, expected = {}, {}
+        for part, (layer, long, short) in layers.items():
+            a, b = factors(modules[part], layer)
+            start = f"{long}{layer}" if dotted else short + layer.replace(".", "_")
+            words = ("lora_A", "lora_B") if dotted else ("lora_down", "lora_up")
+            tensors |= {f"{start}.{words[0]}.weight": a, f"{start}.{words[1]}.weight": b}
+            expected[part] = modules[part].get_submodule(layer).weight.detach() + b @ a
+        write_tensors(tensors, tmp_path / "x.safetensors")
+        usual = tiny.text(["a red ring"])
+        with tiny.add_lora({tmp_path / "x.safetensors": 1}) as lora:
+            apart = tiny.text(["a red ring"])
+            lora.merge()
+            for part, (layer, *_) in layers.items():
+                torch.testing.assert_close(modules[part].get_submodule(layer).weight, expected[part])
+            for before, one, other in zip(usual, apart, tiny.text(["a red ring"]), strict=True):
+                assert not torch.allclose(before, one, rtol=1e-3)
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+        assert all(map(torch.equal, tiny.text(["a red ring"]), usual))
+
+
+def test_several_at_once(tmp_path, model):
+    total = {}
+    for number, strength in ((1, 0.5), (2, -1.0)):
+        tensors, added = official(model, LAYERS[: number + 1], seed=number)
+        write_tensors(tensors, tmp_path / f"{number}.safetensors")
+        total = {layer: total.get(layer, 0) + strength * delta for layer, delta in added.items()} | {
+            layer: delta for layer, delta in total.items() if layer not in added
+        }
+    files = {tmp_path / "1.safetensors": 0.5, tmp_path / "2.safetensors": -1}
+    expected = out(merged_by_hand(model, total))
+    with Lora({"transformer": model}, files) as lora:
+        torch.testing.assert_close(out(model), expected, rtol=1e-4, atol=1e-5)
+        lora.merge()
+        torch.testing.assert_close(out(model), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_it_is_seen_compiled_and_kept_small(tmp_path, model):
+    """A capture sees the sum; a compiled model computes it; and so does one whose layers come and go."""
+    tensors, added = official(model)
+    write_tensors(tensors, tmp_path / "x.safetensors")
+    write_tensors(model.state_dict(), tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        small = fl.Flux(SMALL)
+    fl.load_weights(small, tmp_path / "model.safetensors", low_memory=True)
+    expected = merged_by_hand(model, added)
+    for each in (model, small):
+        with Lora({"transformer": each}, {tmp_path / "x.safetensors": 1}) as lora:
+            with fl.capture(each, LAYERS[0]) as tape:
+                found = out(each)
+            torch.testing.assert_close(found, out(expected), rtol=1e-4, atol=1e-5)
+            with fl.capture(expected, LAYERS[0]) as other:
+                out(expected)
+            torch.testing.assert_close(tape[LAYERS[0]], other[LAYERS[0]], rtol=1e-4, atol=1e-5)
+            if each is small:
+                with pytest.raises(fl.WeightsError, match=r"a weight is torch.float32 on meta; keep the LoRA apart"):
+                    lora.merge()
+                torch.testing.assert_close(out(each), out(expected), rtol=1e-4, atol=1e-5)
+    with Lora({"transformer": model}, {tmp_path / "x.safetensors": 1}):
+        torch.testing.assert_close(out(torch.compile(model, backend="eager")), out(expected), rtol=1e-3, atol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_a_pipeline_is_loaded_with_it(tmp_path, tiny):
+    layer = "double_blocks.0.img_attn.qkv"
+    tensors, _ = official(tiny.model, [layer, "single_blocks.3.linear2"])
+    write_tensors(tensors, tmp_path / "x.safetensors")
+    few = {"num_steps": 2, "progress": False}
+    usual = np.asarray(tiny("a red ring", **few)).astype(int)
+    pipe = fl.load("flux-tiny-dev", lora={tmp_path / "x.safetensors": 0.5})
+    assert repr(pipe.lora) == f"Lora({tmp_path}/x.safetensors at 0.5: 2 layers, apart)"
+    assert abs(np.asarray(pipe("a red ring", **few)).astype(int) - usual).max() > 3
+    pipe.lora.undo()
+    assert abs(np.asarray(pipe("a red ring", **few)).astype(int) - usual).max() <= 1
+    result = CliRunner().invoke(app, ["which", str(tmp_path / "x.safetensors")])
+    assert "x.safetensors: the LoRA in the BFL layout; float32 (4); " in result.output
+
+
+A, B = "img_in.lora_A.weight", "img_in.lora_B.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"img_in.dora_scale": torch.ones(64)}, r"holds DoRA \(img_in.dora_scale\); only plain LoRA is read"),
+        ({"img_in.lora_magnitude_vector": torch.ones(64)}, "holds DoRA"),
+        ({"img_in.diff": torch.ones(64, 64)}, "holds whole differences"),
+        ({"img_in.diff_b": torch.ones(64)}, "holds whole differences"),
+        ({"img_in.lokr_w1": torch.ones(4, 4)}, "holds LoKr"),
+        ({"img_in.hada_w1_a": torch.ones(4, 4)}, "holds LoHa"),
+        ({"img_in.lora_mid.weight": torch.ones(4, 4)}, "holds a middle matrix"),
+        ({B: None}, "img_in has no up matrix"),
+        ({A: None}, "img_in has no down matrix"),
+        (
+            {A: torch.ones(0, 64), B: torch.ones(64, 0)},
+            r"img_in is down \[0, 64\], up \[64, 0\], where down \[rank, 64\]",
+        ),
+        ({A: torch.ones(3, 64)}, r"img_in is down \[3, 64\], up \[64, 4\], where"),
+        ({A: torch.ones(4, 63)}, r"down \[4, 63\].*is it of another model"),
+        ({B: torch.ones(65, 4)}, r"up \[65, 4\]"),
+        ({A: torch.ones(4, 64, 1, 1)}, r"down \[4, 64, 1, 1\]"),
+        ({A: torch.tensor(1.0)}, r"img_in is down \[\]"),
+        ({"img_in.lora_B.bias": torch.ones(3)}, r"bias \[3\]"),
+        ({A: torch.full((4, 64), float("nan"))}, "img_in.lora_A.weight has values that are not finite"),
+        ({B: torch.full((64, 4), float("inf"))}, "img_in.lora_B.weight has values that are not finite"),
+        ({"img_in.alpha": torch.tensor(0.0)}, "alpha of img_in is 0.0; it must be finite, and not 0"),
+        ({"img_in.alpha": torch.tensor(float("nan"))}, "img_in.alpha has values that are not finite"),
+        ({"img_in.alpha": torch.ones(2)}, "alpha of img_in is of shape"),
+        (
+            {"double_blocks.7.img_attn.qkv.lora_A.weight": torch.ones(4, 64)},
+            "1 tensors fit nothing in transformer: d",
+        ),
+        ({"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(4, 64)}, "1 tensors fit nothing"),
+        ({"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(3)}, "1 tensors fit nothing"),
+        ({A: torch.ones(4, 64, dtype=torch.int64)}, "img_in.lora_A.weight is torch.int64, where floating"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_changed(tmp_path, model, change, message):
+    tensors, _ = official(model, ["img_in"])
+    tensors = {name: tensor for name, tensor in (tensors | change).items() if tensor is not None}
+    write_tensors(tensors, tmp_path / "x.safetensors")
+    good, _ = official(model)
+    write_tensors(good, tmp_path / "good.safetensors")
+    base = out(model)
+    with pytest.raises(fl.WeightsError, match=message):
+        Lora({"transformer": model}, {tmp_path / "good.safetensors": 1, tmp_path / "x.safetensors": 1})
+    assert torch.equal(out(model), base)
+
+
+def test_a_model_or_a_pickle_is_no_lora(tmp_path, model):
+    write_tensors(model.state_dict(), tmp_path / "x.safetensors")
+    with pytest.raises(fl.WeightsError, match="this is no LoRA: "):
+        Lora({"transformer": model}, {tmp_path / "x.safetensors": 1})
+    torch.save(official(model)[0], tmp_path / "x.pt")
+    with pytest.raises(fl.WeightsError, match="pickle, which can run code"):
+        Lora({"transformer": model}, {tmp_path / "x.pt": 1})
+    write_tensors(official(model)[0], tmp_path / "lora.safetensors")
+    with pytest.raises(fl.WeightsError, match=r"this is the LoRA in the BFL layout.* where the transformer"):
+        fl.load_weights(model, tmp_path / "lora.safetensors")
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_strength_is_a_number_of_one_of_the_files(tmp_path, model):
+    write_tensors(official(model)[0], tmp_path / "x.safetensors")
+    file = tmp_path / "x.safetensors"
+    for strength in (float("nan"), "much", None):
+        with pytest.raises(ValueError, match=r"strength of .*x.safetensors is .*; give a finite number"):
+            Lora({"transformer": model}, {file: strength})
+    with Lora({"transformer": model}, {file: 1}) as lora:
+        with pytest.raises(ValueError, match="'other' is none of these LoRAs: "):
+            lora.set_strength("other", 1)
+        base_at_zero = out(model)
+        lora.set_strength(file, 0)
+        assert not torch.equal(out(model), base_at_zero)
+    assert torch.equal(out(model), out(model))
+
+
+def test_pefts_own_config_tells_the_alpha(tmp_path, model):
+    tensors, added = official(model, ["img_in"])
+    named = {f"transformer.x_embedder.{name.split('.', 1)[1]}": tensor for name, tensor in tensors.items()}
+    for told, factor in (
+        ({"transformer.lora_alpha": 2}, 0.5),
+        ({"transformer.lora_alpha": 2, "transformer.alpha_pattern": {"x_embedder": 12}}, 3),
+        ({"transformer.lora_alpha": 2, "transformer.use_rslora": True}, 1),
+    ):
+        write_tensors(named, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(told)})
+        with Lora({"transformer": model}, {tmp_path / "x.safetensors": 1}):
+            torch.testing.assert_close(out(model), out(merged_by_hand(model, added, factor)), rtol=1e-4, atol=1e-5)
+    write_tensors(named, tmp_path / "x.safetensors", {"lora_adapter_metadata": "[1"})
+    with pytest.raises(fl.WeightsError, match="its lora_adapter_metadata cannot be read"):
+        Lora({"transformer": model}, {tmp_path / "x.safetensors": 1})

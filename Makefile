@@ -58,4 +58,5 @@ screenshots: .venv/.installed browser
 
 bench: .venv/.installed
 	$(REUSE) $(BIN)/python -m tests.benchmarks.blocks
+	$(BIN)/python -m tests.benchmarks.little_memory
 	$(REUSE) $(BIN)/python -m tests.benchmarks.chapters

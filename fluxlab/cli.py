@@ -1,7 +1,5 @@
 """The ``fluxlab`` command."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,7 +50,9 @@ def generate(
     prompt: Annotated[str, Argument(help="What to paint.")],
     output: Annotated[Path, Option(help="The PNG file to write.")] = Path("picture.png"),
     variant: Annotated[str, Option(help="Which model.")] = _TINY,
-    source: Annotated[str | None, Option(help="A full-size model: its folder, or hub repository (owner/name).")] = None,
+    source: Annotated[
+        str | None, Option(help="A full-size model: its folder, a file, or hub repository (owner/name).")
+    ] = None,
     steps: Annotated[int | None, Option(help="Forwards of the model. [default: the variant's]")] = None,
     guidance: Annotated[float | None, Option(help="Distilled guidance. [default: the variant's]")] = None,
     seed: Annotated[int, Option(help="Of the noise: the same seed gives the same picture.")] = 0,
@@ -63,6 +63,10 @@ def generate(
     negative_prompt: Annotated[str | None, Option(help="What --true-cfg leads away from.")] = None,
     true_cfg: Annotated[float, Option(help="Above 1: guidance by a second forward a step.")] = 1.0,
     tiled: Annotated[bool, Option("--tiled", help="A large picture through the VAE in tiles: less memory.")] = False,
+    lora: Annotated[
+        list[str] | None, Option(help="A LoRA file; with =0.8 behind it, at that strength. Repeatable.")
+    ] = None,
+    low_memory: Annotated[bool, Option("--low-memory", help="Leave weights on disk until they are needed.")] = False,
     device: Annotated[str, Option(help="cpu, cuda or mps.")] = "cpu",
 ) -> None:
     """Paint a prompt."""
@@ -72,9 +76,18 @@ def generate(
     options |= {"seed": seed, "num_steps": steps, "negative_prompt": negative_prompt, "tiled": tiled}
     with replacing(output) as temporary:
         start = Image.open(image) if image else None
-        picture: Any = fl.load(variant, source, device)(prompt, image=start, **options)
+        pipe = fl.load(variant, source, device, lora=dict(map(_strength, lora or ())), low_memory=low_memory or None)
+        picture: Any = pipe(prompt, image=start, **options)
         picture.save(temporary)
     typer.echo(f"{output}: {picture.width} x {picture.height} pixels")
+
+
+def _strength(said: str) -> tuple[str, float]:
+    file, _, strength = said.rpartition("=")
+    try:
+        return (file, float(strength)) if file else (said, 1.0)
+    except ValueError:
+        return said, 1.0  # the = is in the file's name
 
 
 @_command

@@ -4,8 +4,6 @@ Every field's comment gives its value in FLUX.1 [dev] and why it is there. Nothi
 tests a model's name: code asks the config.
 """
 
-from __future__ import annotations
-
 import difflib
 import operator
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The libraries that a plain installation does not bring, and those that do not fit beside torch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

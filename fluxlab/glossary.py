@@ -4,8 +4,6 @@ Capture takes its names from here, and so do ``fl.explain``, the doc strings in 
 tables of chapter 12 and flux-tiny's training ask here what a weight is for.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 from functools import cache

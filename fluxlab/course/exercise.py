@@ -1,7 +1,5 @@
 """The check cell of an exercise."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A grid of prompts and the pictures they become: the same grid for the same seed."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 Opened in chapter 12. Everything is built on the meta device: modules and shapes, no weights.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 Axes: batch B, heads H, tokens L, head width D.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Literal

@@ -3,8 +3,6 @@
 Axes: batch B, heads H, tokens L, head width D, channels C.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 When two implementations differ, a wider dtype tells why: rounding shrinks, a mistake does not.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import Any

@@ -5,8 +5,6 @@ part it belongs to with its chapter, its title and a note. Other lines are chain
 after two keys is the upright that an arrow takes, and the words after it are its label.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a name means, here and now: ``fl.explain("double_blocks.7.img_attn.norm.query_norm.scale")``."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from fnmatch import fnmatchcase

@@ -1,7 +1,5 @@
 """The autograd graph of a module, drawn by torchviz and graphviz. No graphviz of the system's is needed."""
 
-from __future__ import annotations
-
 import os
 import re
 import warnings

@@ -1,7 +1,5 @@
 """Which inner tensors a module has, and what a name, a pattern, a list or a function picks from them."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """Rows with named columns: printed in a terminal, drawn by Jupyter, or handed to pandas."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from html import escape
 from typing import Any

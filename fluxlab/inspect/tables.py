@@ -4,8 +4,6 @@ Everything is counted on the meta device or from the config: no weights are read
 Letters: B batch, T text tokens, I image tokens, L = T + I, C hidden size, M hidden width of an MLP.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """How much memory a call takes beside its weights, worked out on the meta device. Opened in chapter 12."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterator
 from typing import Any

@@ -4,8 +4,6 @@ There is no mask anywhere in FLUX, the padding of the text included.
 Axes: batch B, tokens L, heads H, head width D, channels C = H * D.
 """
 
-from __future__ import annotations
-
 import torch
 from einops import rearrange
 from jaxtyping import Float

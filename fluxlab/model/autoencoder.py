@@ -4,8 +4,6 @@ Parameter names are the official checkpoint's (the naming of latent diffusion, 2
 Axes: batch B, channels C, height H and width W in pixels, h and w in latent cells.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 from einops import rearrange

@@ -4,8 +4,6 @@ Text comes before image wherever they are joined.
 Axes: batch B, tokens L = text T + image I, heads H, head width D, channels C, hidden width M of the MLP.
 """
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn

@@ -3,8 +3,6 @@
 Axes: batch B, channels C.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

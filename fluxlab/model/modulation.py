@@ -3,8 +3,6 @@
 Axes: batch B, tokens L, channels C.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from jaxtyping import Float

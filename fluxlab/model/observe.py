@@ -4,8 +4,6 @@ What a submodule gives is reached by the submodule's own name. The few tensors t
 rotated queries or a gate, pass ``see``, which is the identity until somebody looks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextvars import ContextVar
 

@@ -4,8 +4,6 @@ Each pair of neighbouring features of a head is turned by an angle that grows wi
 (0, 0, 0), which turns nothing. Axes: batch B, tokens L, heads H, head width D.
 """
 
-from __future__ import annotations
-
 import torch
 from einops import rearrange
 from jaxtyping import Float, Num

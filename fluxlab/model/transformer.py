@@ -4,8 +4,6 @@ Parameter names are the official checkpoints', so real weights load with no rena
 Axes: batch B, tokens L = text T + image I, channels C.
 """
 
-from __future__ import annotations
-
 from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any

@@ -3,8 +3,6 @@
 Axes: batch, channels, height and width in pixels, rows and columns in latent cells.
 """
 
-from __future__ import annotations
-
 import torch
 from onnx import ModelProto, helper
 from torch import nn

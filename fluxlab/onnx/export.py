@@ -1,7 +1,5 @@
 """FLUX as ONNX files: to look at, without weights, or to run, with them. Opened in chapter 13."""
 
-from __future__ import annotations
-
 import logging
 import math
 import warnings

@@ -3,8 +3,6 @@
 Axes: batch B, text tokens T, image tokens I, tokens L = T + I, heads H, head width D, channels C.
 """
 
-from __future__ import annotations
-
 import math
 
 from onnx import TensorProto, ValueInfoProto, helper

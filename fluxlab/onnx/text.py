@@ -12,8 +12,6 @@ whole numbers are int64, a list of others float32, a tuple float64, and a single
 are written as tensors, the only form that every tool takes.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 

@@ -6,8 +6,6 @@ and attention are single operators of ONNX's standard set (RMSNormalization, Rot
 Opened in chapter 13.
 """
 
-from __future__ import annotations
-
 from onnx import ModelProto, helper
 
 from fluxlab.config import FluxConfig

@@ -1,7 +1,5 @@
 """What this room refuses, and how it warns."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections.abc import Iterable

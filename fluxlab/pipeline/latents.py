@@ -4,8 +4,6 @@ The VAE makes a latent 8 times smaller than the picture; 2x2 patches of the late
 stands for 16x16 pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

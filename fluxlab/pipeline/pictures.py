@@ -1,7 +1,5 @@
 """Pictures in and out: a PIL image as numbers in [-1, 1], and numbers as a picture that says how it was made."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The loop: ask the model which way, take a step, until the noise is a picture. Opened in chapter 11."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise

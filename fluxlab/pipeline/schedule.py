@@ -3,8 +3,6 @@
 The more image tokens, the more noise it takes to hide a picture, so the schedule of [dev] lingers near t = 1.
 """
 
-from __future__ import annotations
-
 import math
 
 from fluxlab.config import whole

@@ -1,7 +1,5 @@
 """Through the VAE and back, whole or in tiles, so that a large picture takes the memory of one tile. Chapter 10."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

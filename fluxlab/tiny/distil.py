@@ -1,7 +1,5 @@
 """From the teacher to flux-tiny-dev and flux-tiny-schnell. Opened in chapter 16."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The loop that every stage of flux-tiny's training shares: it saves as it goes and resumes. Opened in chapter 16."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -4,8 +4,6 @@ It looks for what differs from the background, and fits each patch it finds with
 Axes: height H, width W.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import permutations

@@ -3,8 +3,6 @@
 Axes: number N, height H and width W in pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path

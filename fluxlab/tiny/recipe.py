@@ -1,7 +1,5 @@
 """How long each stage of flux-tiny's training is, and with what settings. Opened in chapter 16."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from fluxlab.config import VARIANTS

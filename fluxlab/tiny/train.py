@@ -16,8 +16,6 @@ Every stage saves its state as it goes and, run again, continues where it stoppe
 on the seed, the stage and the step alone.
 """
 
-from __future__ import annotations
-
 import json
 import zlib
 from dataclasses import asdict

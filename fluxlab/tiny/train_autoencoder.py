@@ -1,7 +1,5 @@
 """The first stage: pictures to latents and back. Opened in chapter 16."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The flow: from noise to pictures, with the text encoders. Opened in chapter 16."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

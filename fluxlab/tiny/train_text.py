@@ -8,8 +8,6 @@ blue star" *red* belongs to *ring* and both to the left. The flow teaches that s
 Axes: captions B, text tokens T, slots S (the five places, then what is behind), options O of all questions.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import string

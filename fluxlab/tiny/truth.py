@@ -4,8 +4,6 @@ Four questions: colour, shape and size of the thing at some place, where "nothin
 Axes: captions B, slots S (the five places, then what is behind), image tokens I, options O of all questions.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from einops import reduce

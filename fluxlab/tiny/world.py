@@ -5,8 +5,6 @@ scenes is held out: training never sees them, measuring sees nothing else.
 Axes: things N, height H, width W.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass

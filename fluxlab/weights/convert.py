@@ -1,7 +1,5 @@
 """Whole models from one layout to another, one tensor at a time. Opened in chapter 15."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping
@@ -145,55 +143,36 @@ def _write_json(said: dict[str, Any], path: Path) -> None:
 
 
 def diffusers_config(config: Config) -> dict[str, Any]:
-    """What diffusers' ``config.json`` says of a transformer or an autoencoder."""
+    """What diffusers' ``config.json`` says of a transformer or an autoencoder.
+
+    Raises:
+        WeightsError: it has no way to say a size.
+    """
+    told: dict[str, Any]
     if isinstance(config, AutoEncoderConfig):
-        levels = len(config.ch_mult)
-        return {
-            "_class_name": "AutoencoderKL",
-            "block_out_channels": [config.ch * mult for mult in config.ch_mult],
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "in_channels": config.in_channels,
-            "latent_channels": config.z_channels,
-            "layers_per_block": config.num_res_blocks,
-            "norm_num_groups": config.norm_groups,
-            "out_channels": config.out_ch,
-            "sample_size": config.resolution,
-            "scaling_factor": config.scale_factor,
-            "shift_factor": config.shift_factor,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-            "use_post_quant_conv": False,
-            "use_quant_conv": False,
-        }
+        levels, no_convs = len(config.ch_mult), dict.fromkeys(("use_quant_conv", "use_post_quant_conv"), False)
+        told = {"_class_name": "AutoencoderKL", "in_channels": config.in_channels, "out_channels": config.out_ch}
+        told |= {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+        told |= {"block_out_channels": [config.ch * mult for mult in config.ch_mult], "sample_size": config.resolution}
+        told |= {"layers_per_block": config.num_res_blocks, "norm_num_groups": config.norm_groups}
+        told |= {"latent_channels": config.z_channels, "scaling_factor": config.scale_factor}
+        return told | {"shift_factor": config.shift_factor} | no_convs
     for name, only in (("theta", 10_000), ("mlp_ratio", 4.0), ("qkv_bias", True)):
         if (given := getattr(config, name)) != only:
             raise WeightsError(f"{name} is {given}, and diffusers' transformer has no other than {only}")
-    return {
-        "_class_name": "FluxTransformer2DModel",
-        "attention_head_dim": config.head_dim,
-        "axes_dims_rope": list(config.axes_dim),
-        "guidance_embeds": config.guidance_embed,
-        "in_channels": config.in_channels,
-        "joint_attention_dim": config.context_in_dim,
-        "num_attention_heads": config.num_heads,
-        "num_layers": config.depth,
-        "num_single_layers": config.depth_single_blocks,
-        "out_channels": config.out_channels,
-        "pooled_projection_dim": config.vec_in_dim,
-    }
+    told = {"_class_name": "FluxTransformer2DModel", "guidance_embeds": config.guidance_embed}
+    told |= {"attention_head_dim": config.head_dim, "num_attention_heads": config.num_heads}
+    told |= {"axes_dims_rope": list(config.axes_dim), "in_channels": config.in_channels}
+    told |= {"num_layers": config.depth, "num_single_layers": config.depth_single_blocks}
+    told |= {"joint_attention_dim": config.context_in_dim, "pooled_projection_dim": config.vec_in_dim}
+    return told | {"out_channels": config.out_channels}
 
 
 def scheduler_config(variant: Variant) -> dict[str, Any]:
     """What diffusers' scheduler is told: whether the schedule bends, and how."""
-    return {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "base_image_seq_len": 256,
-        "base_shift": 0.5,
-        "max_image_seq_len": 4096,
-        "max_shift": 1.15,
-        "num_train_timesteps": 1000,
-        "shift": 1.0 if not variant.time_shift else 3.0,
-        "use_dynamic_shifting": variant.time_shift,
-    }
+    bends = {"use_dynamic_shifting": variant.time_shift, "shift": 3.0 if variant.time_shift else 1.0}
+    ends = {"base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15}
+    return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000} | ends | bends
 
 
 _PIPELINE = {

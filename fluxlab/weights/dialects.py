@@ -1,7 +1,5 @@
 """LoRA files read: every dialect that people write becomes matrices for a model's own layers. Opened in chapter 15."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import defaultdict

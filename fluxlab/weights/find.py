@@ -1,7 +1,5 @@
 """Where a variant's files are: carried in data/, on disk, or on a hub, if the user names it. Opened in chapter 15."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys
@@ -146,7 +144,13 @@ def _download(source: str, places: Mapping[str, tuple[str, ...]]) -> Path:
         return snapshot_download(source, allow_patterns=patterns, dry_run=dry_run)
 
     try:
-        both = fetch([name for names in places.values() for name in names], dry_run=True)
+        every = [name for names in places.values() for name in names]
+        try:
+            both = fetch(every, dry_run=True)
+        except (errors.GatedRepoError, errors.RepositoryNotFoundError):
+            raise
+        except OSError:  # without a network, the cache may still have all
+            return Path(fetch(every, dry_run=False))
         held = {file.filename.partition("/")[0] for file in both}  # an official file, or else diffusers' folder
         parts = [next((name for name in names if name in held), names[0]) for names in places.values()]
         coming = [file for file in both if file.will_download and file.filename.partition("/")[0] in parts]

@@ -4,8 +4,6 @@ diffusers splits what the official layout fuses (qkv; a single block's linear1),
 layer's modulation, and keeps the VAE's attention as Linears where the official one has 1x1 convolutions.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Checkpoints into a model: every name and shape checked first, memory spent once, or never. Opened in chapter 15."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from dataclasses import replace

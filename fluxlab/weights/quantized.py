@@ -1,7 +1,5 @@
 """Quantized files: GGUF, and eight-bit floats with scales; widened tensor by tensor, as they are read. Chapter 15."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

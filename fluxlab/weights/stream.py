@@ -1,7 +1,5 @@
 """A model larger than the memory: a layer's weights come when it runs, and go when it has run. Opened in chapter 15."""
 
-from __future__ import annotations
-
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any

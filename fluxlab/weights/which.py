@@ -1,8 +1,6 @@
 """What a file is: which part of which model, in which layout, quantized how. Opened in chapter 15."""
 
-from __future__ import annotations
-
-import contextlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +107,8 @@ def open_tensors(path: str | Path) -> Tensors:
         WeightsError: it cannot be read.
     """
     path = Path(path).expanduser()
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        if file.read(4) == b"GGUF":
-            return read_gguf(path)
+    if path.is_file() and os.access(path, os.R_OK):
+        with path.open("rb") as file:
+            if file.read(4) == b"GGUF":
+                return read_gguf(path)
     return unscaled(Checkpoint(path))

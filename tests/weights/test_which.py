@@ -211,6 +211,16 @@ class TestTheHub:
         assert "owner/name: 2 files to download, 33.3 GB, to " in capsys.readouterr().err
         assert "transformer" not in asked[-1][0]  # the official file is there: not the same again
 
+    def test_without_a_network_the_cache_serves(self, monkeypatch, tmp_path):
+        def snapshot_download(repo, allow_patterns, dry_run):
+            if dry_run:
+                raise OSError("offline")
+            return str(tmp_path)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        with pytest.raises(fl.WeightsError, match="not found in owner/name: transformer"):
+            fl.load("flux-dev", "owner/name")
+
     def test_a_full_disk_is_seen_before(self, monkeypatch, tmp_path):
         asked = self.ask(monkeypatch, tmp_path, [self.file("flux1-dev.safetensors", 23_800_000_000)])
         monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10**10}))

@@ -324,7 +324,7 @@ def test_a_spoilt_tokenizer_is_refused(official):
     (official / "tokenizer/tokenizer.json").unlink()
     (official / "tokenizer/vocab.json").write_text("{}")
     (official / "tokenizer/merges.txt").write_text("a b\n")
-    with pytest.raises(fl.WeightsError, match="tokenizer: no CLIPTokenizer can be read from it"):
+    with pytest.raises(fl.WeightsError, match="tokenizer: no CLIP tokenizer can be read from it"):
         fl.load("flux-tiny-dev", official)
 
 

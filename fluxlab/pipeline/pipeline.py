@@ -24,10 +24,10 @@ from fluxlab.pipeline.latents import PIXELS, grid, noise, pack, unpack
 from fluxlab.pipeline.pictures import Picture, as_pictures, as_pixels, as_seen, made_by
 from fluxlab.pipeline.sampling import Step, denoise
 from fluxlab.pipeline.schedule import schedule
-from fluxlab.pipeline.text import TextEncoders
+from fluxlab.pipeline.text import TextEncoders, tokenizer
 from fluxlab.pipeline.tiles import decode, encode
 from fluxlab.weights.find import find_files
-from fluxlab.weights.load import autoencoder_config, free_memory, load_weights, needed
+from fluxlab.weights.load import autoencoder_config, empty_encoder, fill, fit, weights_of
 from fluxlab.weights.lora import Lora
 
 Pictures = Picture | list[Picture]
@@ -297,14 +297,17 @@ def load(
         raise ValueError(f"dtype is {dtype!r}; give a floating dtype of torch, such as torch.bfloat16")
     found = find_files(chosen, source, **files)
     dtype = dtype or (torch.float32 if chosen.embedded else torch.bfloat16)
-    if low_memory is None:
-        low_memory = needed(found, device, dtype) > 0.9 * free_memory(device)
     with torch.device("meta"):
         model, autoencoder = Flux(chosen.transformer), AutoEncoder(autoencoder_config(chosen, found.autoencoder))
-    load_weights(model, found.transformer, device, dtype, low_memory)
-    load_weights(autoencoder, found.autoencoder, device, dtype, low_memory)
-    words = (chosen.t5_length, chosen.clip_length, found.t5_tokenizer, found.clip_tokenizer)
-    text = TextEncoders.load(found.t5, found.clip, *words, device, dtype, low_memory, chosen)
+    t5, clip = (empty_encoder(kind, getattr(found, kind), chosen) for kind in ("t5", "clip"))
+    words = tokenizer("t5", found.t5_tokenizer), tokenizer("clip", found.clip_tokenizer)
+    parts: list[torch.nn.Module] = [model, autoencoder, t5, clip]
+    paths = found.transformer, found.autoencoder, found.t5, found.clip
+    tensors = [weights_of(part, path, dtype) for part, path in zip(parts, paths, strict=True)]
+    low_memory = not fit(tensors, device) if low_memory is None else low_memory
+    for part, own in zip(parts, tensors, strict=True):
+        fill(part, own, device, low_memory)
+    text = TextEncoders(t5, words[0], chosen.t5_length, clip, words[1], chosen.clip_length, device)
     pipe = Pipeline(chosen, model, autoencoder, text, device, dtype)
     pipe.lora = pipe.add_lora(lora) if lora else None
     return pipe

@@ -20,7 +20,7 @@ from fluxlab.config import Variant
 from fluxlab.extras import importing
 from fluxlab.files import WeightsError
 from fluxlab.pipeline.checks import as_list, finite, warn
-from fluxlab.weights.load import empty_encoder, load_encoder
+from fluxlab.weights.load import empty_encoder, load_weights
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
@@ -51,25 +51,17 @@ class TextEncoders:
         clip_tokenizer: str | Path | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        low_memory: bool = False,
-        chosen: Variant | None = None,
     ) -> TextEncoders:
-        """Load both from folders in the Hugging Face format, or from files, with the configs of the variant.
+        """Load both from folders in the Hugging Face format. Only safetensors are read.
 
         Each tokenizer is looked for with its encoder, if not named; prompts are padded to the lengths, in tokens.
-        ``low_memory`` is that of ``load_weights``.
 
         Raises:
             WeightsError: the weights are not whole, or not those of such an encoder; or no tokenizer can be read.
         """
-        with importing():
-            from transformers import CLIPTokenizer, T5Tokenizer
-
-        t5_words = _tokenizer(T5Tokenizer, t5_tokenizer or t5)
-        clip_words = _tokenizer(CLIPTokenizer, clip_tokenizer or clip)
-        t5_model = load_encoder("t5", t5, chosen, device, dtype, low_memory)
-        clip_model = load_encoder("clip", clip, chosen, device, dtype, low_memory)
-        return cls(t5_model, t5_words, t5_length, clip_model, clip_words, clip_length, device)
+        words = tokenizer("t5", t5_tokenizer or t5), tokenizer("clip", clip_tokenizer or clip)
+        models = (load_weights(empty_encoder(k, p), p, device, dtype) for k, p in (("t5", t5), ("clip", clip)))
+        return cls(next(models), words[0], t5_length, next(models), words[1], clip_length, device)
 
     def tokenize(self, prompts: str | Sequence[str]) -> tuple[Int[Tensor, "batch text"], Int[Tensor, "batch clip"]]:
         """Token ids for T5 and for CLIP, padded to their lengths; a longer prompt is cut, with a warning.
@@ -103,19 +95,27 @@ class TextEncoders:
         return f"TextEncoders(T5: {self.t5_length} tokens, CLIP: {self.clip_length} tokens, on {self.device})"
 
 
-def _tokenizer(kind: Any, source: str | Path) -> Any:
+def tokenizer(kind: str, source: str | Path) -> Any:
+    """transformers' tokenizer for "t5" or "clip", from a folder.
+
+    Raises:
+        WeightsError: none can be read from it.
+    """
+    with importing():
+        from transformers import CLIPTokenizer, T5Tokenizer
+    kinds: dict[str, Any] = {"t5": T5Tokenizer, "clip": CLIPTokenizer}
     try:
-        return kind.from_pretrained(os.path.expanduser(source))
+        return kinds[kind].from_pretrained(os.path.expanduser(source))
     except Exception as error:  # a spoilt vocabulary raises Exception itself
-        raise WeightsError(f"{source}: no {kind.__name__} can be read from it ({error})") from error
+        raise WeightsError(f"{source}: no {kind.upper()} tokenizer can be read from it ({error})") from error
 
 
-def _tokenize(tokenizer: Any, prompts: Sequence[str], length: int, who: str) -> Int[Tensor, "batch tokens"]:
-    for prompt, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids, strict=True):
+def _tokenize(words: Any, prompts: Sequence[str], length: int, who: str) -> Int[Tensor, "batch tokens"]:
+    for prompt, ids in zip(prompts, words(prompts, verbose=False).input_ids, strict=True):
         if len(ids) > length:
-            cut = tokenizer.decode(ids[length - 1 : -1])  # one place goes to the end token
+            cut = words.decode(ids[length - 1 : -1])  # one place goes to the end token
             warn(f"prompt {prompt!r} has {len(ids)} {who} tokens and {who} reads {length}; this part is cut: {cut!r}")
-    padded = tokenizer(prompts, padding="max_length", truncation=True, max_length=length)
+    padded = words(prompts, padding="max_length", truncation=True, max_length=length)
     return torch.tensor(padded.input_ids, dtype=torch.int64, device="cpu")
 
 

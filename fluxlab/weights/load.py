@@ -2,28 +2,28 @@
 
 import contextlib
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fluxlab.config import AutoEncoderConfig, FluxConfig, Variant
 from fluxlab.extras import importing
 from fluxlab.files import Tensors, WeightsError, describe_difference, listed, read_json
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
-from fluxlab.weights.find import Files, data_folder
+from fluxlab.weights.find import data_folder
 from fluxlab.weights.layouts import Config, Layout, Shapes, shapes, translated
 from fluxlab.weights.stream import stream
 from fluxlab.weights.which import UNUSED, Part, open_part, open_tensors
 
 Module = TypeVar("Module", bound=nn.Module)
 PUBLISHED: dict[str, dict[str, Any]] = {  # T5-XXL v1.1 and CLIP-L, where they differ from transformers' defaults
-    "t5": {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
-    | {"feed_forward_proj": "gated-gelu"},
+    "t5": {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"},
     "clip": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
 }
 _READ = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -52,29 +52,32 @@ def load_weights(
         WeightsError: the file is not whole, or its names, shapes or dtypes differ; nothing is loaded then. Or a value
             is too large for ``dtype``.
     """
-    tensors = weights_of(module, path, dtype)
+    return fill(module, weights_of(module, path, dtype), device, low_memory)
+
+
+def fill(module: Module, tensors: Tensors, device: torch.device | str, low_memory: bool) -> Module:
+    """What ``load_weights`` does once the file is opened and its names are the module's."""
     if low_memory:
         stream(module, tensors, device)
     else:
-        read: dict[str, Tensor] = {}
-        for name in module.state_dict():
-            read[name] = tensors[name].to(device)
-        module.load_state_dict(read, assign=True)
+        module.load_state_dict({name: tensors[name].to(device) for name in module.state_dict()}, assign=True)
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta:  # CLIP's places, which no file holds
+            owner, _, own = name.rpartition(".")
+            places = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
+            module.get_submodule(owner).register_buffer(own, places, persistent=False)
     return module.eval().requires_grad_(False)
 
 
-def needed(files: Files, device: torch.device | str, dtype: torch.dtype) -> int:
-    """Bytes of memory that the files' tensors take on the device: none on a CPU for those that can stay mapped."""
-    total = 0
-    for path in {files.transformer, files.autoencoder, files.t5, files.clip}:
-        tensors = open_tensors(path).cast(dtype)
-        mapped = tensors.mapped and torch.device(device).type == "cpu"
-        total += 0 if mapped else sum(entry.nbytes for entry in tensors.entries.values())
-    return total
+def fit(tensors: Iterable[Tensors], device: torch.device | str) -> bool:
+    """Whether there is memory for all: on a CPU, none is needed for those that stay mapped to their file."""
+    on_cpu = torch.device(device).type == "cpu"
+    sizes = [sum(e.nbytes for e in each.entries.values()) for each in tensors if not (on_cpu and each.mapped)]
+    return sum(sizes) < 0.9 * free_memory(device)
 
 
 def free_memory(device: torch.device | str) -> int:
-    """Bytes that can be had on a device; on a system that does not tell, more than any model takes."""
+    """Bytes that can be had on a device; where the system does not tell, more than any model takes."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with contextlib.suppress(OSError):
@@ -198,26 +201,3 @@ def empty_encoder(kind: str, source: str | Path, chosen: Variant | None = None) 
         config = config_class(**PUBLISHED[kind])
     with torch.device("meta"):
         return model_class(config)
-
-
-def load_encoder(
-    kind: str,
-    source: str | Path,
-    chosen: Variant | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    low_memory: bool = False,
-) -> Any:
-    """A text encoder of transformers, "t5" or "clip", with all of a file's or a folder's weights, and none left over.
-
-    It may be a part of a larger model there. ``chosen`` is the variant whose config serves a file.
-
-    Raises:
-        WeightsError: weights are missing or unexpected, or cannot be read.
-    """
-    encoder = load_weights(empty_encoder(kind, source, chosen), source, device, dtype, low_memory)
-    for name, buffer in list(encoder.named_buffers()):  # CLIP's places, which no file holds
-        path, _, own = name.rpartition(".")
-        places = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
-        encoder.get_submodule(path).register_buffer(own, places, persistent=False)
-    return encoder

@@ -37,23 +37,27 @@ class Part:
     kind: str  # transformer, autoencoder, t5, clip or lora
     layout: Any  # official, diffusers, transformers or llama.cpp; of a LoRA its dialect
     prefix: str
-    variants: list[str]  # whose transformer or autoencoder it may be
     tensors: Tensors
 
+    @property
+    def variants(self) -> list[str]:
+        """Whose transformer or autoencoder it may be."""
+        shapes = {name: tuple(entry.shape) for name, entry in self.tensors.entries.items()}
+        return variants_of(shapes, self.kind, self.layout) if self.kind in ("transformer", "autoencoder") else []
+
     def __str__(self) -> str:
-        of = f" of {' or '.join(self.variants)}" if self.variants else " of no variant here"
-        width = self.tensors.entries.get("shared.weight", self.tensors.entries.get("token_embd.weight"))
-        sizes = {"t5": f" of width {'?' if width is None else width.shape[-1]}", "clip": "", "lora": ""}.get(
-            self.kind, of
-        )
-        numbers = sum(entry.numel() for entry in self.tensors.entries.values())
-        prefix = f"names after {self.prefix!r}; " if self.prefix else ""
-        said = f"the {_CALLED[self.kind]}{sizes} in the {self.layout} layout; {prefix}"
-        return f"{said}{self.tensors.metadata['quantization']}; {numbers:,} numbers"
+        entries, of = self.tensors.entries, f" of {' or '.join(self.variants) or 'no variant here'}"
+        if self.kind == "t5":
+            of = f" of width {entries[_T5_WIDTH[self.layout]].shape[-1]}" if _T5_WIDTH[self.layout] in entries else ""
+        named = f"names after {self.prefix!r}; " if self.prefix else ""
+        said = f"the {_CALLED.get(self.kind, self.kind)}{'' if self.kind in ('clip', 'lora') else of}"
+        numbers = sum(entry.numel() for entry in entries.values())
+        quantization = self.tensors.metadata["quantization"]
+        return f"{said} in the {self.layout} layout; {named}{quantization}; {numbers:,} numbers"
 
 
-_CALLED = {"transformer": "transformer", "autoencoder": "autoencoder", "t5": "T5 encoder", "clip": "CLIP text model"}
-_CALLED["lora"] = "LoRA"
+_CALLED = {"t5": "T5 encoder", "clip": "CLIP text model", "lora": "LoRA"}
+_T5_WIDTH = {"transformers": "shared.weight", "llama.cpp": "token_embd.weight"}  # one row of the table of words
 
 
 def which(path: str | Path) -> list[Part]:
@@ -64,7 +68,7 @@ def which(path: str | Path) -> list[Part]:
     """
     tensors = open_tensors(path)
     if (who := dialect(tensors)) is not None:
-        return [Part("lora", who, "", [], tensors)]
+        return [Part("lora", who, "", tensors)]
     found: dict[tuple[str, str], set[str]] = {}
     for part, begins in _PARTS.items():
         matches = (re.match(_PREFIX + begins, name) for name in tensors)
@@ -76,10 +80,7 @@ def which(path: str | Path) -> list[Part]:
     for (kind, layout), (prefix,) in found.items():
         longer = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
         names = [n for n in tensors if n.startswith(prefix) and not (longer and n.startswith(longer))]
-        named = tensors.renamed({name.removeprefix(prefix): name for name in names})
-        shapes = {name: tuple(entry.shape) for name, entry in named.entries.items()}
-        variants = variants_of(shapes, kind, layout) if kind in ("transformer", "autoencoder") else []  # type: ignore[arg-type]
-        parts.append(Part(kind, layout, prefix, variants, named))
+        parts.append(Part(kind, layout, prefix, tensors.renamed({n.removeprefix(prefix): n for n in names})))
     left = [n for n in tensors if not n.startswith(tuple(prefixes)) and not UNUSED.fullmatch(n)]
     if not parts or left:
         what = f"{len(left)} tensors belong to no part of FLUX" if parts else "this is no part of FLUX"
@@ -96,7 +97,9 @@ def open_part(path: str | Path, kind: str) -> Part:
     parts = which(path)
     found = next((part for part in parts if part.kind == kind), None)
     if found is None:
-        raise WeightsError(f"{path}: this is {'; and '.join(map(str, parts))}, where the {_CALLED[kind]} was expected")
+        raise WeightsError(
+            f"{path}: this is {'; and '.join(map(str, parts))}, where the {_CALLED.get(kind, kind)} was expected"
+        )
     return found
 
 

@@ -292,7 +292,7 @@ def test_a_pipeline_in_little_memory_paints_the_same(tiny):
 
 @pytest.mark.parametrize(("free", "low"), [(10**3, True), (10**12, False)])
 def test_little_memory_is_taken_where_the_weights_would_not_fit(monkeypatch, free, low):
-    monkeypatch.setattr("fluxlab.pipeline.pipeline.free_memory", lambda _: free)
+    monkeypatch.setattr("fluxlab.weights.load.free_memory", lambda _: free)
     assert {p.is_meta for p in fl.load("flux-tiny-dev", dtype=torch.float32).model.parameters()} == {low}
     held = {entry.dtype for entry in Checkpoint(data_folder() / "flux-tiny/flux-tiny-dev.safetensors").entries.values()}
     assert held == {torch.bfloat16}  # so that no part needs a change, and all stay mapped:

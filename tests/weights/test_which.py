@@ -12,7 +12,7 @@ from fluxlab.cli import app
 from fluxlab.files import Checkpoint, Tensors, write_tensors
 from fluxlab.weights.convert import convert
 from fluxlab.weights.find import data_folder
-from fluxlab.weights.layouts import to_diffusers, variants_of
+from fluxlab.weights.layouts import to_diffusers
 from fluxlab.weights.load import PUBLISHED
 from fluxlab.weights.which import Part, which
 
@@ -126,9 +126,8 @@ def test_prefixes_are_taken_off_and_said(tmp_path, tiny, prefix):
 def test_variants_of_the_same_sizes_are_all_told(tmp_path):
     """Published: [dev], Krea and Kontext have the same tensors, 11,901,408,320 numbers; [schnell] has four fewer."""
     entries = fl.build("flux-dev", device="meta").state_dict()
-    shapes = {name: tuple(entry.shape) for name, entry in entries.items()}
     tensors = Tensors(tmp_path, entries, entries.get, {"quantization": "bfloat16 (780)"})
-    told = Part("transformer", "official", "", variants_of(shapes, "transformer", "official"), tensors)
+    told = Part("transformer", "official", "", tensors)
     assert str(told) == (
         "the transformer of flux-dev or flux-krea-dev or flux-kontext-dev in the official layout; bfloat16 (780); "
         "11,901,408,320 numbers"

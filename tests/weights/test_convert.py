@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +19,7 @@ from fluxlab.weights.convert import convert, convert_part, diffusers_config
 from fluxlab.weights.layouts import shapes
 from fluxlab.weights.load import autoencoder_config
 from tests.helpers import SMALL, SMALL_AUTOENCODER, linux, peak_anonymous_memory, randomise
+from tests.weights.test_quantized import write_gguf
 
 TINY = fl.VARIANTS["flux-tiny-dev"]
 PROMPT = "a small red circle left of a large blue square on a white background"
@@ -409,3 +412,60 @@ def test_an_index_of_shards_is_a_source(tmp_path):
         convert_part(tmp_path / "shards", tmp_path / "again.safetensors", config, "official")
     convert_part(index, tmp_path / "again.safetensors", config, "official")
     assert Checkpoint(tmp_path / "again.safetensors").keys() == module.state_dict().keys()
+
+
+@linux
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
+    """Here the system's limit on a file's size, which is met in the middle of the transformer's file."""
+    code = f"""
+import resource, signal
+import fluxlab as fl
+from fluxlab.weights.convert import convert
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+for to, name in (("diffusers", "folder"), ("comfyui", "x.safetensors")):
+    try:
+        convert(fl.variant("flux-tiny-dev"), {str(tmp_path)!r} + "/" + name, to)
+    except OSError as error:
+        print(error.strerror)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.split("\n")[:2] == ["File too large"] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@linux
+def test_a_process_that_is_killed_leaves_no_half_output(tmp_path):
+    code = f"""
+import os, signal
+import fluxlab as fl
+import fluxlab.weights.convert as module
+module.shutil.copyfile = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # in the middle, after the large files
+module.convert(fl.variant("flux-tiny-dev"), {str(tmp_path / "out")!r}, "diffusers")
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == -9
+    assert not (tmp_path / "out").exists()
+    convert(TINY, tmp_path / "out", "diffusers")  # what it left does not stand in the way
+    assert (tmp_path / "out/model_index.json").is_file()
+
+
+def test_a_target_that_cannot_be_written_is_said_before_anything_is_read(tmp_path, monkeypatch):
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr("fluxlab.files.tempfile.TemporaryDirectory", forbidden)
+    result = CliRunner().invoke(app, ["convert", "flux-tiny-dev", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "Permission denied" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quantized_files_are_written_widened(tmp_path, tiny):
+    """GGUF to the official layout and to diffusers'; the same numbers as the model that is loaded from it."""
+    write_gguf(tmp_path / "x.gguf", tiny.model.state_dict())
+    loaded = fl.load("flux-tiny-dev", tmp_path / "x.gguf").model.state_dict()
+    for to in ("official", "diffusers"):
+        output = tmp_path / ("x.safetensors" if to == "official" else "folder")
+        convert(TINY, output, to, tmp_path / "x.gguf", torch.float32)
+        again = fl.load_weights(fl.build("flux-tiny-dev", device="meta"), output).state_dict()
+        assert all(torch.equal(again[name], tensor) for name, tensor in loaded.items())

@@ -58,7 +58,9 @@ def generate(
     seed: Annotated[int, Option(help="Of the noise: the same seed gives the same picture.")] = 0,
     width: Annotated[int | None, Option(help="In pixels, a multiple of 16.")] = None,
     height: Annotated[int | None, Option(help="In pixels, a multiple of 16.")] = None,
-    image: Annotated[Path | None, Option(help="A picture to start from.")] = None,
+    image: Annotated[Path | None, Option(help="A picture to start from, to fill or to change.")] = None,
+    mask: Annotated[Path | None, Option(help="For Fill: white where there is to be painted.")] = None,
+    control: Annotated[Path | None, Option(help="For Canny and Depth: the picture of edges or of depth.")] = None,
     strength: Annotated[float | None, Option(help="How much of --image becomes noise, (0, 1]. [default: 0.7]")] = None,
     negative_prompt: Annotated[str | None, Option(help="What --true-cfg leads away from.")] = None,
     true_cfg: Annotated[float, Option(help="Above 1: guidance by a second forward a step.")] = 1.0,
@@ -75,9 +77,10 @@ def generate(
     options: Any = {"guidance": guidance, "width": width, "height": height, "strength": strength, "true_cfg": true_cfg}
     options |= {"seed": seed, "num_steps": steps, "negative_prompt": negative_prompt, "tiled": tiled}
     with replacing(output) as temporary:
-        start = Image.open(image) if image else None
+        shown: Any = {"image": image, "mask": mask, "control": control}
+        options |= {name: Image.open(path) for name, path in shown.items() if path}
         pipe = fl.load(variant, source, device, lora=dict(map(_strength, lora or ())), low_memory=low_memory or None)
-        picture: Any = pipe(prompt, image=start, **options)
+        picture: Any = pipe(prompt, **options)
         picture.save(temporary)
     typer.echo(f"{output}: {picture.width} x {picture.height} pixels")
 

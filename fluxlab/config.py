@@ -8,7 +8,7 @@ import difflib
 import operator
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Any
+from typing import Any, Literal
 
 VERSION = "0.1.0"
 EMBEDDING_DIM = 256  # numbers of the sinusoid that a time or a guidance becomes, in every model
@@ -132,6 +132,7 @@ class Variant:
     autoencoder_file: str = "ae.safetensors"  # the same for the VAE
     size: int = 1024  # the usual side of a picture, in pixels
     pipeline: str = "FluxPipeline"  # diffusers' class that paints with it
+    shown: Literal["nothing", "hole", "control", "reference"] = "nothing"  # beside the noise
 
     def __post_init__(self) -> None:
         if len(self.autoencoder.ch_mult) != 4:
@@ -201,12 +202,12 @@ VARIANTS: dict[str, Variant] = {
         _DEV,
         _schnell(_DEV, t5_length=256),
         _relative("Krea", guidance=4.5),
-        _relative("Kontext", guidance=2.5, num_steps=30, pipeline="FluxKontextPipeline"),
+        _relative("Kontext", guidance=2.5, num_steps=30, pipeline="FluxKontextPipeline", shown="reference"),
         # 384 = 64 noisy latent + 64 latent of the masked picture + 256 mask (8x8 pixels of each latent cell, 2x2 cells)
-        _relative("Fill", 384, guidance=30.0, pipeline="FluxFillPipeline"),
+        _relative("Fill", 384, guidance=30.0, pipeline="FluxFillPipeline", shown="hole"),
         # 128 = 64 noisy latent + 64 latent of the edge or depth picture
-        _relative("Canny", 128, guidance=30.0, pipeline="FluxControlPipeline"),
-        _relative("Depth", 128, guidance=10.0, pipeline="FluxControlPipeline"),
+        _relative("Canny", 128, guidance=30.0, pipeline="FluxControlPipeline", shown="control"),
+        _relative("Depth", 128, guidance=10.0, pipeline="FluxControlPipeline", shown="control"),
         _TINY_DEV,
         _schnell(_TINY_DEV),
     )

@@ -2,11 +2,16 @@
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
+from numbers import Real
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
+
+from fluxlab.config import whole
 
 
 def as_list(name: str, value: Any) -> list[Any]:
@@ -42,3 +47,61 @@ def warn(message: str) -> None:
     while frame.f_back and frame.f_globals["__name__"].split(".")[0] in ("fluxlab", "torch", "jaxtyping", "beartype"):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level + 1)
+
+
+def check_shown(who: str, kind: str, given: Mapping[str, object]) -> None:
+    """
+    Raises:
+        ValueError: a picture that this model is shown is missing, or it has no use for one that is given.
+    """
+    needed = {"hole": ("image", "mask"), "control": ("control",), "reference": ("image",), "nothing": ()}[kind]
+    for name, picture in given.items():
+        if picture is None and name in needed:
+            raise ValueError(f"{name} is missing: {who} is shown {' and '.join(needed)} beside the noise")
+        if picture is not None and name not in (*needed, "image"):
+            raise ValueError(f"{name} is given, and {who} is not shown one; leave it out")
+
+
+def as_batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:
+    """As many prompts as seeds."""
+    prompts, seeds = as_list("prompt", prompt), [whole("seed", each, -(2**63)) for each in as_list("seed", seed)]
+    if len(prompts) == 1:
+        prompts *= len(seeds)
+    if len(seeds) == 1:
+        seeds *= len(prompts)
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; give one seed, or one for each prompt")
+    return prompts, seeds
+
+
+def check_guidance(guidance: float | None, true_cfg: float, negative_prompt: str | None) -> None:
+    """
+    Raises:
+        ValueError: one of them is out of its range, or has no effect.
+    """
+    if guidance is not None and not (isinstance(guidance, Real) and isfinite(guidance)):
+        raise ValueError(f"guidance is {guidance!r}; it must be a finite number, such as 3.5")
+    if not (isinstance(true_cfg, Real) and true_cfg >= 1 and isfinite(true_cfg)):
+        raise ValueError(f"true_cfg is {true_cfg!r}; it must be at least 1, where it is off")
+    if negative_prompt is not None and true_cfg == 1:
+        raise ValueError("negative_prompt has no effect while true_cfg is 1; give a true_cfg above 1, such as 3")
+    if negative_prompt is not None and not isinstance(negative_prompt, str):
+        raise ValueError(f"negative_prompt is {negative_prompt!r}; give one string, which serves every picture")
+
+
+def first_step(num_steps: int, image: Image.Image | None, strength: float | None) -> tuple[int, float | None]:
+    """The step that a loop from ``image`` begins with, as diffusers counts it, and the strength by default."""
+    if strength is not None and not (isinstance(strength, Real) and 0 < strength <= 1):
+        raise ValueError(f"strength is {strength!r}; it must be above 0 and at most 1, where nothing of image is left")
+    if image is None and strength is not None:
+        raise ValueError(f"strength is {strength}, but there is no image to start from; give image, or leave it out")
+    if image is None:
+        return 0, None
+    strength = 0.7 if strength is None else strength
+    start = min(num_steps - 1, int(num_steps - num_steps * strength))
+    if start == 0 and strength < 1:
+        said = (
+            f"strength is {strength}, and {num_steps} steps take all of that from noise: nothing of image would be left"
+        )
+        raise ValueError(f"{said}; give more steps, a smaller strength, or 1 if that is meant")
+    return start, strength

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,13 @@ from torch import Tensor
 from fluxlab.config import Variant, variant, whole
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
-from fluxlab.pipeline.checks import as_list
+from fluxlab.pipeline.checks import as_batch, as_list, check_guidance, check_shown, first_step
 from fluxlab.pipeline.inputs import FluxInputs, first_inputs
 from fluxlab.pipeline.latents import PIXELS, grid, noise, pack, unpack
 from fluxlab.pipeline.pictures import Picture, as_pictures, as_pixels, as_seen, made_by
 from fluxlab.pipeline.sampling import Step, denoise
 from fluxlab.pipeline.schedule import schedule
+from fluxlab.pipeline.shown import Shown, as_mask, preferred_size
 from fluxlab.pipeline.text import TextEncoders, tokenizer
 from fluxlab.pipeline.tiles import decode, encode
 from fluxlab.weights.find import find_files
@@ -31,12 +30,6 @@ from fluxlab.weights.load import autoencoder_config, empty_encoder, fill, fit, w
 from fluxlab.weights.lora import Lora
 
 Pictures = Picture | list[Picture]
-
-_SHOWN = {  # beside the noise, by diffusers' class
-    "FluxKontextPipeline": "a picture to edit",
-    "FluxFillPipeline": "a picture and a mask",
-    "FluxControlPipeline": "a picture of edges or of depth",
-}
 
 
 @dataclass(eq=False, repr=False)
@@ -64,6 +57,8 @@ class Pipeline:
         negative_prompt: str | None = None,
         true_cfg: float = 1.0,
         image: Image.Image | None = None,
+        mask: Image.Image | None = None,
+        control: Image.Image | None = None,
         strength: float | None = None,
         tiled: bool = False,
         callback: Callable[[Step], None] | None = None,
@@ -81,8 +76,11 @@ class Pipeline:
             width: likewise.
             negative_prompt: what ``true_cfg`` leads away from; by default the empty prompt.
             true_cfg: above 1, classifier-free guidance with a second forward a step, beside the distilled guidance.
-            image: a picture to start from instead of noise alone. It is turned as its EXIF data say, laid on white
-                where it is transparent, and stretched to height and width, with a warning above 5 %.
+            image: a picture to start from instead of noise alone; for Fill the one with the hole, for Kontext the one
+                to change. It is turned as its EXIF data say, laid on white where it is transparent, and stretched to
+                height and width, with a warning above 5 %; for Kontext, to the size it knows that is nearest.
+            mask: for Fill, white where there is to be painted.
+            control: for Canny and Depth, the picture of edges or of depth, stretched as ``image`` is.
             strength: in (0, 1], how much of ``image`` becomes noise, 0.7 by default; 1 leaves nothing of it. It is
                 counted in whole steps: the first ``int(num_steps - num_steps * strength)`` are left out.
             tiled: whether pictures larger than a tile go through the VAE in tiles: less memory, other colours.
@@ -99,22 +97,24 @@ class Pipeline:
             ValueError: an argument is out of its range, or has no meaning for this model; or what a part of the
                 model gives is not finite, as where float16 overflows.
         """
-        prompts, seeds = _batch(prompt, seed)
+        prompts, seeds = as_batch(prompt, seed)
+        check_shown(self.variant.name, self._kind, {"image": image, "mask": mask, "control": control})
         image = None if image is None else as_seen(image)
-        height, width = self._size(height, width, image)
+        height, width = self._size(height, width, control or image)
         num_steps = self.variant.num_steps if num_steps is None else whole("num_steps", num_steps)
-        start, strength = _first_step(num_steps, image, strength)
-        _check_guidance(guidance, true_cfg, negative_prompt)
+        begun = image if self._kind in ("nothing", "control") else None  # else it is shown
+        start, strength = first_step(num_steps, begun, strength)
+        check_guidance(guidance, true_cfg, negative_prompt)
         rows, columns = grid(height, width)
         times = schedule(num_steps, rows * columns, shift=self.variant.time_shift)
-        pixels = None if image is None else as_pixels(image, height, width)
+        pixels = None if begun is None else as_pixels(begun, height, width)
+        shown = self._shown(image, mask, control, height, width, tiled)
         inputs = self.prepare(prompts, seeds, height, width, guidance)
         away = [negative_prompt or ""] * len(prompts)
         negative = None if true_cfg == 1 else self.prepare(away, seeds, height, width, guidance)
         if pixels is not None:
             times = times[start:]
-            latent = pack(encode(self.autoencoder, pixels.to(self.device, self.dtype), tiled))
-            inputs.img = torch.lerp(latent.to(inputs.img), inputs.img, times[0])
+            inputs.img = torch.lerp(pack(self._latent(pixels, tiled)).to(inputs.img), inputs.img, times[0])
 
         steps: list[Step] = []
 
@@ -124,7 +124,7 @@ class Pipeline:
             if return_steps:
                 steps.append(step)
 
-        tokens = denoise(self.model, inputs, times, negative, true_cfg, watch, progress)
+        tokens = denoise(self.model, inputs, times, negative, true_cfg, watch, progress, shown)
         pictures = self.decode(tokens, height, width, tiled)
         used: dict[str, Any] = {"steps": num_steps, "guidance": self._guidance(guidance), "true_cfg": true_cfg}
         size = {"size": f"{width}x{height}", "variant": self.variant.name}
@@ -134,6 +134,28 @@ class Pipeline:
         single = isinstance(prompt, str) and np.ndim(seed) == 0 and len(pictures) == 1
         result = pictures[0] if single else pictures
         return (result, steps) if return_steps else result
+
+    def _shown(
+        self, image: Image.Image | None, mask: Image.Image | None, control: Image.Image | None, *size: Any
+    ) -> Shown:
+        height, width, tiled = size
+        if control is not None:
+            return Shown.control(self._latent(as_pixels(as_seen(control), height, width), tiled))
+        if image is None or self._kind in ("nothing", "control"):
+            return Shown()
+        if mask is None:
+            return Shown.reference(self._latent(as_pixels(image, *preferred_size(image, self.variant.size)), tiled))
+        hole = as_mask(mask, height, width)
+        return Shown.hole(self._latent(as_pixels(image, height, width) * (1 - hole), tiled), hole)
+
+    @property
+    def _kind(self) -> str:
+        """What the model is shown; a LoRA may make it one that is shown edges or depth."""
+        wider = self.model.config.in_channels > self.variant.transformer.in_channels
+        return "control" if wider and self.variant.shown == "nothing" else self.variant.shown
+
+    def _latent(self, pixels: Tensor, tiled: bool) -> Tensor:
+        return encode(self.autoencoder, pixels.to(self.device, self.dtype), tiled)
 
     @torch.no_grad()
     def prepare(
@@ -205,54 +227,17 @@ class Pipeline:
 
     def _size(self, height: int | None, width: int | None, image: Image.Image | None) -> tuple[int, int]:
         sides = []
-        for name, side in (("height", height), ("width", width)):
-            usual = self.variant.size if image is None else max(PIXELS, getattr(image, name) // PIXELS * PIXELS)
+        own = {"height": self.variant.size, "width": self.variant.size}
+        if image is not None:
+            own = {name: max(PIXELS, getattr(image, name) // PIXELS * PIXELS) for name in own}
+        if image is not None and self._kind == "reference":
+            own = dict(zip(own, preferred_size(image, self.variant.size), strict=True))
+        for (name, usual), side in zip(own.items(), (height, width), strict=True):
             sides.append(whole(name, usual if side is None else side))
             if sides[-1] % PIXELS:
                 said = f"{name} is {side}; it must be a multiple of {PIXELS}, one token is {PIXELS}x{PIXELS} pixels"
                 raise ValueError(f"{said}: try {max(PIXELS, round(sides[-1] / PIXELS) * PIXELS)}")
         return sides[0], sides[1]
-
-
-def _batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:
-    """As many prompts as seeds."""
-    prompts, seeds = as_list("prompt", prompt), [whole("seed", each, -(2**63)) for each in as_list("seed", seed)]
-    if len(prompts) == 1:
-        prompts *= len(seeds)
-    if len(seeds) == 1:
-        seeds *= len(prompts)
-    if len(prompts) != len(seeds):
-        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; give one seed, or one for each prompt")
-    return prompts, seeds
-
-
-def _check_guidance(guidance: float | None, true_cfg: float, negative_prompt: str | None) -> None:
-    if guidance is not None and not (isinstance(guidance, Real) and isfinite(guidance)):
-        raise ValueError(f"guidance is {guidance!r}; it must be a finite number, such as 3.5")
-    if not (isinstance(true_cfg, Real) and true_cfg >= 1 and isfinite(true_cfg)):
-        raise ValueError(f"true_cfg is {true_cfg!r}; it must be at least 1, where it is off")
-    if negative_prompt is not None and true_cfg == 1:
-        raise ValueError("negative_prompt has no effect while true_cfg is 1; give a true_cfg above 1, such as 3")
-    if negative_prompt is not None and not isinstance(negative_prompt, str):
-        raise ValueError(f"negative_prompt is {negative_prompt!r}; give one string, which serves every picture")
-
-
-def _first_step(num_steps: int, image: Image.Image | None, strength: float | None) -> tuple[int, float | None]:
-    """The step that a loop from ``image`` begins with, as diffusers counts it, and the strength by default."""
-    if strength is not None and not (isinstance(strength, Real) and 0 < strength <= 1):
-        raise ValueError(f"strength is {strength!r}; it must be above 0 and at most 1, where nothing of image is left")
-    if image is None and strength is not None:
-        raise ValueError(f"strength is {strength}, but there is no image to start from; give image, or leave it out")
-    if image is None:
-        return 0, None
-    strength = 0.7 if strength is None else strength
-    start = min(num_steps - 1, int(num_steps - num_steps * strength))
-    if start == 0 and strength < 1:
-        said = (
-            f"strength is {strength}, and {num_steps} steps take all of that from noise: nothing of image would be left"
-        )
-        raise ValueError(f"{said}; give more steps, a smaller strength, or 1 if that is meant")
-    return start, strength
 
 
 def load(
@@ -281,14 +266,10 @@ def load(
 
     Raises:
         ConfigError: no such variant.
-        ValueError: a variant that is shown more than noise and text; no such device here, or no floating dtype.
+        ValueError: no such device here, or no floating dtype.
         WeightsError: files are missing, or hold another model.
     """
     chosen = variant(name)
-    if chosen.pipeline in _SHOWN:
-        said = f"{name} is shown {_SHOWN[chosen.pipeline]} beside the noise, which this version cannot do yet"
-        ways = f"fl.build({name!r}, device='meta'), `fluxlab convert` and `fluxlab export` work"
-        raise ValueError(f"{said}; to look at it, {ways}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

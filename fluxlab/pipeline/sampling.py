@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.checks import as_list, finite
 from fluxlab.pipeline.inputs import FluxInputs
+from fluxlab.pipeline.shown import Shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,7 @@ def denoise(
     true_cfg: float = 1.0,
     callback: Callable[[Step], None] | None = None,
     progress: bool = True,
+    shown: Shown | None = None,
 ) -> Float[Tensor, "batch image_tokens channels"]:
     """Euler steps along the predicted velocity: ``img + (t_next - t) * velocity``.
 
@@ -52,24 +54,32 @@ def denoise(
         true_cfg: its strength; at 1 the negative prompt makes no difference and is not run.
         callback: called after every step.
         progress: whether to draw a bar.
+        shown: what the model is shown beside the noise; the loop moves the noise alone.
 
     Raises:
-        ValueError: the times do not fall or lie beyond 0 and 1; ``true_cfg`` without ``negative``; ``inputs.img`` is
-            not finite, or what the model predicts, at the first step where it is so.
+        ValueError: the times do not fall or lie beyond 0 and 1; ``true_cfg`` without ``negative``; noise and what is
+            shown have not the channels that the model takes; ``inputs.img`` is not finite, or what the model predicts,
+            at the first step where it is so.
 
     Source: "Flow Straight and Fast", Liu et al. 2022; "Classifier-Free Diffusion Guidance", Ho and Salimans 2022.
     """
     times = _checked(times)
     if true_cfg != 1 and negative is None:
         raise ValueError(f"true_cfg is {true_cfg}, but there is no negative prompt's inputs to lead away from")
+    shown = shown or Shown()
+    channels = shown.beside(inputs).img.shape[2]
+    if (wanted := getattr(getattr(model, "config", None), "in_channels", channels)) != channels:
+        said = f"the model takes {wanted} channels a token, and noise with what is shown beside it has {channels}"
+        raise ValueError(f"{said}; give shown, as Shown.hole or Shown.control make it, to a model of that kind alone")
     dtype = inputs.img.dtype
     img = finite(inputs.img, "inputs.img").to(torch.promote_types(dtype, torch.float32))  # many small steps add up here
     steps = list(pairwise(times))
     for index, (t, t_next) in enumerate(tqdm(steps, desc="sampling", unit="step", disable=not progress)):
         timesteps = torch.full((img.shape[0],), t, dtype=torch.float32, device=img.device)
-        velocity = model(**replace(inputs, img=img.to(dtype), timesteps=timesteps).kwargs())
+        moved = {"img": img.to(dtype), "timesteps": timesteps}
+        velocity = model(**shown.beside(replace(inputs, **moved)).kwargs())[:, : img.shape[1]]
         if negative is not None and true_cfg != 1:
-            away = model(**replace(negative, img=img.to(dtype), timesteps=timesteps).kwargs())
+            away = model(**shown.beside(replace(negative, **moved)).kwargs())[:, : img.shape[1]]
             velocity = away + true_cfg * (velocity - away)
         if velocity.shape != img.shape:
             raise ValueError(f"the model predicts {tuple(velocity.shape)}, and img to move is {tuple(img.shape)}")

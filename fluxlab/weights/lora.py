@@ -36,6 +36,7 @@ class Lora:
         self._changes: dict[Any, list[tuple[str, Change]]] = defaultdict(list)
         self._scales: dict[Any, Tensor] = {}  # of norms, which BFL's files replace
         self._before: list[Callable[[], None]] = []  # each gives one thing back
+        self._set_to: list[tuple[Any, str, object]] = []
         for file in self.strengths:
             changes, scales = read_lora(Path(file).expanduser(), modules)
             if self._scales.keys() & scales:
@@ -89,7 +90,14 @@ class Lora:
         self.merged = True
 
     def undo(self) -> None:
-        """Take all off: the weights are again those from before, bit by bit."""
+        """Take all off: the weights are again those from before, bit by bit.
+
+        Raises:
+            ValueError: weights were changed since; nothing is taken off then.
+        """
+        if any(getattr(owner, name) is not value for owner, name, value in self._set_to):
+            raise ValueError("weights were changed after this LoRA was merged; take off first what was put on last")
+        self._set_to.clear()
         while self._before:
             self._before.pop()()
         self.merged = False
@@ -121,9 +129,15 @@ class Lora:
         return total
 
     def _wrap(self, layer: Any, forward: Callable[..., Tensor]) -> None:
-        inner, own = layer.forward, vars(layer).get("forward")
-        layer.forward = lambda x: forward(inner, x)
-        self._before.append(lambda: delattr(layer, "forward") if own is None else setattr(layer, "forward", own))
+        inner, own, on = layer.forward, vars(layer).get("forward"), [True]
+        layer.forward = wrapped = lambda x: forward(inner, x) if on else inner(x)
+
+        def restore() -> None:
+            on.clear()
+            if vars(layer).get("forward") is wrapped:  # else another wrapped it since, and goes on calling this one
+                delattr(layer, "forward") if own is None else setattr(layer, "forward", own)
+
+        self._before.append(restore)
 
     def _widen(self) -> None:
         """A model that is shown edges or depth beside the noise takes them as more channels."""
@@ -135,6 +149,7 @@ class Lora:
         before = getattr(owner, name)
         setattr(owner, name, value)
         self._before.append(lambda: setattr(owner, name, before))
+        self._set_to += [(owner, name, value)] if isinstance(value, nn.Parameter) else []
 
 
 def _with_scale(inner: Any, x: Tensor, norm: Any, scale: Tensor) -> Tensor:

@@ -270,22 +270,6 @@ def test_guidance_for_a_model_without_its_embedder_is_refused(tiny):
     assert schnell(PROMPT, num_steps=1, progress=False).size == (128, 128)
 
 
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        ("flux-fill-dev", "a picture and a mask"),
-        ("flux-canny-dev", "a picture of edges or of depth"),
-        ("flux-depth-dev", "a picture of edges or of depth"),
-        ("flux-kontext-dev", "a picture to edit"),
-    ],
-)
-def test_a_model_that_is_shown_more_is_refused_before_its_files_are_read(name, shown):
-    with pytest.raises(
-        ValueError, match=rf"{name} is shown {shown} beside the noise, which this version cannot do yet"
-    ):
-        fl.load(name, "/nowhere")
-
-
 @pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize(
     "times",

@@ -379,6 +379,32 @@ def test_it_is_seen_compiled_and_kept_small(tmp_path, model):
     torch._dynamo.reset()
 
 
+def test_two_are_taken_off_in_any_order_apart_and_in_their_own_merged(tmp_path, model):
+    for number in (1, 2):
+        write_tensors(official(model, seed=number)[0], tmp_path / f"{number}.safetensors")
+    base = out(model)
+    alone = []
+    for number in (1, 2):
+        with Lora({"transformer": model}, {tmp_path / f"{number}.safetensors": 1}):
+            alone.append(out(model))
+    first, second = (Lora({"transformer": model}, {tmp_path / f"{number}.safetensors": 1}) for number in (1, 2))
+    first.undo()
+    torch.testing.assert_close(out(model), alone[1], rtol=1e-4, atol=1e-5)
+    second.undo()
+    assert torch.equal(out(model), base)
+    first, second = (Lora({"transformer": model}, {tmp_path / f"{number}.safetensors": 1}) for number in (1, 2))
+    first.merge()
+    second.merge()
+    with pytest.raises(
+        ValueError, match="weights were changed after this LoRA was merged; take off first what was put"
+    ):
+        first.undo()
+    second.undo()
+    torch.testing.assert_close(out(model), alone[0], rtol=1e-4, atol=1e-5)
+    first.undo()
+    assert torch.equal(out(model), base)
+
+
 def test_a_pipeline_is_loaded_with_it(tmp_path, tiny):
     layer = "double_blocks.0.img_attn.qkv"
     tensors, _ = official(tiny.model, [layer, "single_blocks.3.linear2"])

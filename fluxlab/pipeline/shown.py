@@ -1,0 +1,92 @@
+"""What a model of the family is shown beside noise and text: a hole to fill, edges or depth, or another picture.
+
+It adds to each token's channels, or to the tokens, and to nothing inside the transformer. Opened in chapter 18.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Num
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from fluxlab.pipeline.inputs import FluxInputs
+from fluxlab.pipeline.latents import COMPRESSION, PIXELS, ids_device, image_ids, pack
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """Prepared once and given to every forward: more channels for each token of the noise, or more tokens after them.
+
+    One picture serves a whole batch.
+    """
+
+    channels: Float[Tensor, "one image_tokens more"] | None = None
+    tokens: Float[Tensor, "one more_tokens patch"] | None = None
+    ids: Num[Tensor, "one more_tokens 3"] | None = None  # the places of these tokens
+
+    @classmethod
+    def hole(cls, latent: Tensor, mask: Float[Tensor, "one 1 height width"]) -> "Shown":
+        """For Fill: the latent of the picture with its hole made gray, and the mask, 1 where there is to be painted.
+
+        The 8x8 pixels of each latent cell become 64 channels, which are then packed as a latent is: 256 a token.
+        """
+        cells = rearrange(mask, "b 1 (h p) (w q) -> b (p q) h w", p=COMPRESSION, q=COMPRESSION)
+        return cls(channels=torch.cat((pack(latent), pack(cells).to(latent)), dim=2))
+
+    @classmethod
+    def control(cls, latent: Tensor) -> "Shown":
+        """For Canny and Depth: the latent of the picture of edges or of depth."""
+        return cls(channels=pack(latent))
+
+    @classmethod
+    def reference(cls, latent: Tensor) -> "Shown":
+        """For Kontext: the latent of the picture to change, whose places have 1 on the axis that is else 0."""
+        height, width = (side * COMPRESSION for side in latent.shape[-2:])
+        return cls(tokens=pack(latent), ids=image_ids(1, height, width, index=1, device=ids_device(latent.device)))
+
+    def beside(self, inputs: FluxInputs) -> FluxInputs:
+        """The inputs of a forward with all of it.
+
+        Raises:
+            ValueError: there are channels for another number of tokens.
+        """
+        img, ids = inputs.img, inputs.img_ids
+        batch = len(img)
+        if self.channels is not None:
+            if self.channels.shape[1] != img.shape[1]:
+                said = f"shown has channels for {self.channels.shape[1]} tokens, and img has {img.shape[1]}"
+                raise ValueError(f"{said}; prepare it at the size of the picture")
+            img = torch.cat((img, self.channels.to(img).expand(batch, -1, -1)), dim=2)
+        if self.tokens is not None and self.ids is not None:
+            img = torch.cat((img, self.tokens.to(img).expand(batch, -1, -1)), dim=1)
+            ids = torch.cat((ids, self.ids.to(ids).expand(batch, -1, -1)), dim=1)
+        return replace(inputs, img=img, img_ids=ids)
+
+
+def as_mask(mask: Image.Image, height: int, width: int) -> Float[Tensor, "1 1 height width"]:
+    """A gray picture as 0, to keep, and 1, to paint, from its middle on; resized without regard to its ratio.
+
+    Raises:
+        ValueError: it is no PIL image, or all of it is to be kept.
+    """
+    if not isinstance(mask, Image.Image):
+        raise ValueError(f"mask is a {type(mask).__name__}; give a PIL image, white where there is to be painted")
+    gray = ImageOps.exif_transpose(mask).convert("L").resize((width, height), Image.Resampling.LANCZOS)
+    painted = torch.frombuffer(bytearray(gray.tobytes()), dtype=torch.uint8).reshape(1, 1, height, width) >= 128
+    if not painted.any():
+        raise ValueError("mask is black everywhere, so nothing would be painted; make it white where there is to be")
+    return painted.float()
+
+
+def preferred_size(image: Image.Image, side: int) -> tuple[int, int]:
+    """Height and width that Kontext knows nearest to a picture's ratio: of its 17 sizes, at about ``side`` squared.
+
+    Source: the published code's list, whose widths and heights lie between 672 and 1568 at a megapixel.
+    """
+    high = (1568, 1504, 1456, 1392, 1328, 1248, 1184, 1104, 1024)
+    wide = (672, 688, 720, 752, 800, 832, 880, 944, 1024)
+    sizes = {*zip(high, wide, strict=True), *zip(wide, high, strict=True)}
+    height, width = min(sizes, key=lambda size: abs(image.width / image.height - size[1] / size[0]))
+    return (max(1, round(height * side / 1024 / PIXELS)) * PIXELS, max(1, round(width * side / 1024 / PIXELS)) * PIXELS)

@@ -1,0 +1,251 @@
+"""What Fill, Canny, Depth and Kontext are shown: whole pictures beside diffusers' pipelines of the same names."""
+
+from dataclasses import replace
+
+import diffusers.pipelines.flux.pipeline_flux_fill as fill_module
+import diffusers.pipelines.flux.pipeline_flux_kontext as kontext_module
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image, ImageDraw
+from typer.testing import CliRunner
+
+import fluxlab as fl
+from fluxlab.cli import app
+from fluxlab.files import write_tensors
+from fluxlab.pipeline.schedule import schedule
+from fluxlab.pipeline.shown import Shown, as_mask, preferred_size
+from fluxlab.weights.convert import convert
+from tests.helpers import randomise
+
+TINY = fl.VARIANTS["flux-tiny-dev"]
+PROMPT = "a small red circle left of a large blue square on a white background"
+OPTIONS = {"num_steps": 3, "guidance": 4.0, "progress": False}
+
+
+def family(name, folder):
+    """A variant with flux-tiny's encoders and VAE, and a transformer of random numbers."""
+    known = fl.VARIANTS[name]
+    sizes = replace(TINY.transformer, in_channels=known.transformer.in_channels)
+    chosen = replace(TINY, name=name, transformer=sizes, pipeline=known.pipeline, shown=known.shown)
+    model = randomise(fl.Flux(sizes))
+    write_tensors(model.state_dict(), folder / "x.safetensors")
+    convert(chosen, folder / "diffusers", "diffusers", transformer=folder / "x.safetensors", dtype=torch.float32)
+    return chosen, folder / "diffusers"
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory):
+    made = {}
+    for name in ("flux-fill-dev", "flux-canny-dev", "flux-kontext-dev"):
+        chosen, folder = family(name, tmp_path_factory.mktemp(name))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(fl.VARIANTS, name, chosen)
+            ours = fl.load(name, folder)
+        theirs = DiffusionPipeline.from_pretrained(folder)
+        theirs.set_progress_bar_config(disable=True)
+        made[name] = ours, theirs
+    return made
+
+
+@pytest.fixture(autouse=True)
+def the_mode(monkeypatch):
+    """diffusers samples the posterior of what Fill and Canny are shown; here it takes the mode, as is published."""
+    monkeypatch.setattr(fill_module, "retrieve_latents", lambda output, *_, **__: output.latent_dist.mode())
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, *_, **__: self.mode())
+
+
+def drawn(width=128, height=128, colour="blue"):
+    picture = Image.new("RGB", (width, height), "white")
+    ImageDraw.Draw(picture).ellipse((10, 20, width // 2, height // 2 + 10), fill=colour)
+    return picture
+
+
+def holes(width=128, height=128):
+    mask = Image.new("L", (width, height), 0)
+    ImageDraw.Draw(mask).rectangle((width // 2, 8, width - 10, height // 2 + 3), fill=255)
+    return mask
+
+
+def painted(theirs, seeds=(3,), height=128, width=128, **options):
+    return theirs(
+        prompt=[PROMPT] * len(seeds),
+        height=height,
+        width=width,
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        max_sequence_length=32,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        **options,
+    ).images
+
+
+def same(ours, theirs):
+    ours = ours if isinstance(ours, list) else [ours]
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.asarray(a).std() > 5
+        assert abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(128, 128), (96, 160)])
+@pytest.mark.parametrize("seeds", [[3], [3, 4]])
+def test_fill_is_diffusers(members, height, width, seeds):
+    ours, theirs = members["flux-fill-dev"]
+    image, mask = drawn(width, height), holes(width, height)
+    found = ours(PROMPT, seed=seeds, image=image, mask=mask, height=height, width=width, **OPTIONS)
+    same(found, painted(theirs, seeds, height, width, image=image, mask_image=mask))
+
+
+def test_a_mask_of_another_size_or_gray_is_resized_and_cut_in_the_middle(members):
+    ours, theirs = members["flux-fill-dev"]
+    mask = holes(200, 200).resize((77, 77))  # with gray at its edges
+    found = ours(PROMPT, seed=3, image=drawn(), mask=mask, **OPTIONS)
+    same(found, painted(theirs, image=drawn(), mask_image=mask))
+
+
+@pytest.mark.parametrize("seeds", [[3], [3, 4]])
+def test_canny_is_diffusers(members, seeds):
+    ours, theirs = members["flux-canny-dev"]
+    edges = drawn(colour="black").convert("L").convert("RGB")
+    found = ours(PROMPT, seed=seeds, control=edges, **OPTIONS)
+    same(found, painted(theirs, seeds, control_image=edges))
+
+
+@pytest.mark.parametrize(("height", "width"), [(128, 128), (96, 160)])
+@pytest.mark.parametrize("seeds", [[3], [3, 4]])
+def test_kontext_is_diffusers(members, height, width, seeds):
+    ours, theirs = members["flux-kontext-dev"]
+    options = {"max_area": height * width, "_auto_resize": False}
+    found = ours(PROMPT, seed=seeds, image=drawn(width, height), **OPTIONS)
+    same(found, painted(theirs, seeds, height, width, image=drawn(width, height), **options))
+
+
+def test_kontext_with_true_cfg_is_diffusers(members):
+    ours, theirs = members["flux-kontext-dev"]
+    options = {
+        "negative_prompt": "a black background",
+        "true_cfg_scale": 2.5,
+        "max_area": 128**2,
+        "_auto_resize": False,
+    }
+    found = ours(PROMPT, seed=3, image=drawn(), negative_prompt="a black background", true_cfg=2.5, **OPTIONS)
+    same(found, painted(theirs, image=drawn(), **options))
+
+
+def test_kontext_knows_seventeen_sizes():
+    """The published list: each of its sizes is its own nearest."""
+    theirs = kontext_module.PREFERRED_KONTEXT_RESOLUTIONS
+    assert len(theirs) == 17
+    for width, height in theirs:
+        assert preferred_size(Image.new("L", (width, height)), 1024) == (height, width)
+    assert preferred_size(Image.new("L", (3000, 100)), 1024) == (672, 1568)
+    assert preferred_size(Image.new("L", (300, 300)), 128) == (128, 128)
+
+
+def test_each_part_is_shown_what_it_says():
+    """By hand, number by number: channels after the noise's in the order latent, mask; ids with 1 on axis 0."""
+    latent = torch.randn(1, 16, 4, 6)
+    mask = torch.zeros(1, 1, 32, 48)
+    mask[0, 0, 17, 33] = 1  # of the token in row 1, column 2: there row 1, column 1; in its first cell
+    hole = Shown.hole(latent, mask).channels
+    assert hole.shape == (1, 6, 320)
+    assert torch.equal(hole[..., :64], Shown.control(latent).channels)
+    assert hole[0, 5, 64:].nonzero().flatten().tolist() == [(1 * 8 + 1) * 4]
+    assert not hole[0, :5, 64:].any()
+    reference = Shown.reference(latent)
+    assert torch.equal(reference.tokens, Shown.control(latent).channels)
+    assert reference.ids[0].tolist() == [[1, row, column] for row in range(2) for column in range(3)]
+
+
+def test_only_the_noise_is_moved(members):
+    ours, _ = members["flux-kontext-dev"]
+    inputs = ours.prepare([PROMPT], [0], 64, 64)
+    shown = Shown.reference(torch.randn(1, 16, 4, 6))
+    assert shown.beside(inputs).img.shape == (1, 16 + 6, 64)
+    steps = []
+    out = fl.denoise(ours.model, inputs, schedule(2, 16), callback=steps.append, progress=False, shown=shown)
+    assert out.shape == (1, 16, 64)
+    assert [step.velocity.shape for step in steps] == [(1, 16, 64)] * 2
+
+
+def test_what_does_not_fit_is_refused_before_the_first_step(members, tiny):
+    fill, canny = members["flux-fill-dev"][0], members["flux-canny-dev"][0]
+    inputs = fill.prepare([PROMPT], [0], 64, 64)
+    control = Shown.control(torch.zeros(1, 16, 8, 8))
+    for model, shown, message in (
+        (fill.model, None, "takes 384 channels a token, and noise with what is shown beside it has 64; give shown"),
+        (fill.model, control, "takes 384 channels a token, .* has 128"),
+        (tiny.model, control, "takes 64 channels a token, .* has 128"),
+        (canny.model, Shown.control(torch.zeros(1, 16, 8, 6)), "channels for 12 tokens, and img has 16; prepare it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fl.denoise(model, inputs, [1.0, 0.0], progress=False, shown=shown)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        (
+            "flux-fill-dev",
+            {"image": drawn()},
+            "mask is missing: flux-fill-dev is shown image and mask beside the noise",
+        ),
+        ("flux-fill-dev", {"mask": holes()}, "image is missing"),
+        ("flux-canny-dev", {}, "control is missing"),
+        ("flux-canny-dev", {"control": drawn(), "mask": holes()}, "mask is given, and flux-canny-dev is not shown one"),
+        ("flux-kontext-dev", {}, "image is missing"),
+        ("flux-kontext-dev", {"image": drawn(), "strength": 0.5}, "strength is 0.5, but there is no image to start"),
+        ("flux-fill-dev", {"image": drawn(), "mask": Image.new("L", (9, 9))}, "mask is black everywhere"),
+    ],
+)
+def test_a_picture_that_is_missing_or_of_no_use_is_said(members, name, given, message):
+    with pytest.raises(ValueError, match=message):
+        members[name][0](PROMPT, **given, **OPTIONS)
+
+
+def test_pictures_that_flux_tiny_is_not_shown_are_refused(tiny, tmp_path):
+    drawn().save(tmp_path / "x.png")
+    for option in ("control", "mask"):
+        with pytest.raises(ValueError, match=f"{option} is given, and flux-tiny-dev is not shown one; leave it out"):
+            tiny(PROMPT, **{option: drawn()}, **OPTIONS)
+        arguments = ["generate", PROMPT, "--output", str(tmp_path / "y.png"), f"--{option}", str(tmp_path / "x.png")]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2
+        assert f"{option} is given, and flux-tiny-dev is not shown one" in result.output
+
+
+def test_canny_starts_from_a_picture_too(members):
+    ours, _ = members["flux-canny-dev"]
+    options = OPTIONS | {"num_steps": 6}
+    usual = ours(PROMPT, control=drawn(), **options)
+    begun = ours(PROMPT, control=drawn(), image=drawn(colour="red"), strength=0.4, **options)
+    assert abs(np.asarray(usual).astype(int) - np.asarray(begun)).mean() > 3
+
+
+def test_a_canny_lora_on_dev_is_shown_edges(tiny, tmp_path, members):
+    """BFL's layout: img_in grows, and the pipeline takes control= as long as the LoRA is on."""
+    ours, _ = members["flux-canny-dev"]
+    name = "img_in"
+    down, up = torch.randn(4, 128), torch.randn(128, 4) / 30
+    write_tensors({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path / "x.safetensors")
+    usual = np.asarray(tiny(PROMPT, **OPTIONS))
+    with tiny.add_lora({tmp_path / "x.safetensors": 0.85}):
+        with pytest.raises(ValueError, match="control is missing"):
+            tiny(PROMPT, **OPTIONS)
+        one, other = (
+            np.asarray(tiny(PROMPT, control=drawn(colour=c), **OPTIONS)).astype(int) for c in ("red", "black")
+        )
+        assert abs(one - other).max() > 3
+    assert np.array_equal(np.asarray(tiny(PROMPT, **OPTIONS)), usual)
+    assert ours.variant.shown == "control"
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_mask_is_zero_or_one():
+    mask = Image.new("L", (4, 4), 127)
+    mask.putpixel((2, 1), 128)
+    assert as_mask(mask, 4, 4)[0, 0].nonzero().tolist() == [[1, 2]]
+    with pytest.raises(ValueError, match="mask is a str; give a PIL image"):
+        as_mask("x", 4, 4)

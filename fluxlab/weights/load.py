@@ -61,6 +61,8 @@ def fill(module: Module, tensors: Tensors, device: torch.device | str, low_memor
         stream(module, tensors, device)
     else:
         module.load_state_dict({name: tensors[name].to(device) for name in module.state_dict()}, assign=True)
+        if callable(tie := getattr(module, "tie_weights", None)):
+            tie()  # T5's one table of words has two names
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:  # CLIP's places, which no file holds
             owner, _, own = name.rpartition(".")

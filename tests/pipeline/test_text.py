@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from fluxlab.files import WeightsError
-from fluxlab.pipeline.text import TextEncoders
+from fluxlab.pipeline.text import TextEncoders, text_encoders
 from fluxlab.weights.find import data_folder
 
 PROMPTS = ["a small red circle left of a large blue square on a white background", "a purple star, black background"]
@@ -159,3 +159,10 @@ def test_the_rest_of_a_whole_clip_is_no_fault(tmp_path, tiny):
     folder = folder_with(tmp_path / "other", "clip", {"final.scale_weight": torch.ones(1)})
     with pytest.raises(WeightsError, match=r"final.scale_weight .* scales final.weight, which is nothing"):
         load_with(clip=folder)
+
+
+def test_t5s_one_table_of_words_is_one_parameter(tiny):
+    """As transformers ties it: counted once, and moved once."""
+    own = text_encoders(tiny.variant)[0]
+    assert sum(p.numel() for p in tiny.text.t5.parameters()) == sum(p.numel() for p in own.parameters())
+    assert tiny.text.t5.shared.weight is tiny.text.t5.encoder.embed_tokens.weight

@@ -55,11 +55,14 @@ def check_shown(who: str, kind: str, given: Mapping[str, object]) -> None:
         ValueError: a picture that this model is shown is missing, or it has no use for one that is given.
     """
     needed = {"hole": ("image", "mask"), "control": ("control",), "reference": ("image",), "nothing": ()}[kind]
+    starts = given["image"] is not None and kind in ("nothing", "control")
+    used = (*needed, "image", *(["mask"] if starts else []))
     for name, picture in given.items():
         if picture is None and name in needed:
             raise ValueError(f"{name} is missing: {who} is shown {' and '.join(needed)} beside the noise")
-        if picture is not None and name not in (*needed, "image"):
-            raise ValueError(f"{name} is given, and {who} is not shown one; leave it out")
+        if picture is not None and name not in used:
+            alone = " without image" if name == "mask" else ""
+            raise ValueError(f"{name} is given, and {who} has no use for it{alone}; leave it out")
 
 
 def as_batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:

@@ -79,7 +79,8 @@ class Pipeline:
             image: a picture to start from instead of noise alone; for Fill the one with the hole, for Kontext the one
                 to change. It is turned as its EXIF data say, laid on white where it is transparent, and stretched to
                 height and width, with a warning above 5 %; for Kontext, to the size it knows that is nearest.
-            mask: for Fill, white where there is to be painted.
+            mask: white where there is to be painted, for Fill; for others, with ``image``, all else is put back from it
+                at each step.
             control: for Canny and Depth, the picture of edges or of depth, stretched as ``image`` is.
             strength: in (0, 1], how much of ``image`` becomes noise, 0.7 by default; 1 leaves nothing of it. It is
                 counted in whole steps: the first ``int(num_steps - num_steps * strength)`` are left out.
@@ -113,8 +114,10 @@ class Pipeline:
         away = [negative_prompt or ""] * len(prompts)
         negative = None if true_cfg == 1 else self.prepare(away, seeds, height, width, guidance)
         if pixels is not None:
-            times = times[start:]
-            inputs.img = torch.lerp(pack(self._latent(pixels, tiled)).to(inputs.img), inputs.img, times[0])
+            times, latent = times[start:], self._latent(pixels, tiled)
+            if mask is not None:
+                shown = shown.around(latent, as_mask(mask, height, width), inputs.img)
+            inputs.img = torch.lerp(pack(latent).to(inputs.img), inputs.img, times[0])
 
         steps: list[Step] = []
 

@@ -84,7 +84,7 @@ def denoise(
         if velocity.shape != img.shape:
             raise ValueError(f"the model predicts {tuple(velocity.shape)}, and img to move is {tuple(img.shape)}")
         velocity = finite(velocity, f"what the model predicted at step {index}").to(img)
-        img_next = img + (t_next - t) * velocity
+        img_next = shown.mixed(img + (t_next - t) * velocity, t_next)
         if callback is not None:
             callback(Step(index, t, t_next, img, velocity, img_next))
         img = img_next

@@ -1,6 +1,7 @@
 """What a model of the family is shown beside noise and text: a hole to fill, edges or depth, or another picture.
 
-It adds to each token's channels, or to the tokens, and to nothing inside the transformer. Opened in chapter 18.
+It adds to each token's channels, to the tokens or to what a step gives: nothing inside the transformer changes.
+Opened in chapter 18.
 """
 
 from dataclasses import dataclass, replace
@@ -25,6 +26,9 @@ class Shown:
     channels: Float[Tensor, "one image_tokens more"] | None = None
     tokens: Float[Tensor, "one more_tokens patch"] | None = None
     ids: Num[Tensor, "one more_tokens 3"] | None = None  # the places of these tokens
+    kept: Float[Tensor, "one image_tokens patch"] | None = None  # of a picture, to be kept where painted is 0
+    painted: Float[Tensor, "one image_tokens patch"] | None = None
+    noise: Float[Tensor, "batch image_tokens patch"] | None = None  # that the loop began with
 
     @classmethod
     def hole(cls, latent: Tensor, mask: Float[Tensor, "one 1 height width"]) -> "Shown":
@@ -45,6 +49,18 @@ class Shown:
         """For Kontext: the latent of the picture to change, whose places have 1 on the axis that is else 0."""
         height, width = (side * COMPRESSION for side in latent.shape[-2:])
         return cls(tokens=pack(latent), ids=image_ids(1, height, width, index=1, device=ids_device(latent.device)))
+
+    def around(self, latent: Tensor, mask: Float[Tensor, "one 1 height width"], noise: Tensor) -> "Shown":
+        """The same, and outside of the mask the picture itself, put back at every step: holes without Fill."""
+        cells = mask[..., ::COMPRESSION, ::COMPRESSION].expand_as(latent)
+        return replace(self, kept=pack(latent), painted=pack(cells), noise=noise)
+
+    def mixed(self, img: Tensor, t: float) -> Tensor:
+        """The tokens after a step to time ``t``, outside of the mask those of the picture with as much noise."""
+        if self.kept is None or self.painted is None or self.noise is None:
+            return img
+        outside = torch.lerp(self.kept.to(img), self.noise.to(img), t)
+        return torch.where(self.painted.to(img.device) > 0, img, outside)
 
     def beside(self, inputs: FluxInputs) -> FluxInputs:
         """The inputs of a forward with all of it.

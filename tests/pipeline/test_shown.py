@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 import diffusers.pipelines.flux.pipeline_flux_fill as fill_module
+import diffusers.pipelines.flux.pipeline_flux_inpaint as inpaint_module
 import diffusers.pipelines.flux.pipeline_flux_kontext as kontext_module
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxInpaintPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
@@ -15,8 +16,11 @@ from typer.testing import CliRunner
 import fluxlab as fl
 from fluxlab.cli import app
 from fluxlab.files import write_tensors
+from fluxlab.pipeline.latents import pack
+from fluxlab.pipeline.pictures import as_pixels
 from fluxlab.pipeline.schedule import schedule
 from fluxlab.pipeline.shown import Shown, as_mask, preferred_size
+from fluxlab.pipeline.tiles import encode
 from fluxlab.weights.convert import convert
 from tests.helpers import randomise
 
@@ -194,7 +198,11 @@ def test_what_does_not_fit_is_refused_before_the_first_step(members, tiny):
         ),
         ("flux-fill-dev", {"mask": holes()}, "image is missing"),
         ("flux-canny-dev", {}, "control is missing"),
-        ("flux-canny-dev", {"control": drawn(), "mask": holes()}, "mask is given, and flux-canny-dev is not shown one"),
+        (
+            "flux-canny-dev",
+            {"control": drawn(), "mask": holes()},
+            "mask is given, and flux-canny-dev has no use",
+        ),
         ("flux-kontext-dev", {}, "image is missing"),
         ("flux-kontext-dev", {"image": drawn(), "strength": 0.5}, "strength is 0.5, but there is no image to start"),
         ("flux-fill-dev", {"image": drawn(), "mask": Image.new("L", (9, 9))}, "mask is black everywhere"),
@@ -208,12 +216,43 @@ def test_a_picture_that_is_missing_or_of_no_use_is_said(members, name, given, me
 def test_pictures_that_flux_tiny_is_not_shown_are_refused(tiny, tmp_path):
     drawn().save(tmp_path / "x.png")
     for option in ("control", "mask"):
-        with pytest.raises(ValueError, match=f"{option} is given, and flux-tiny-dev is not shown one; leave it out"):
+        with pytest.raises(ValueError, match=f"{option} is given, and flux-tiny-dev has no use for it"):
             tiny(PROMPT, **{option: drawn()}, **OPTIONS)
         arguments = ["generate", PROMPT, "--output", str(tmp_path / "y.png"), f"--{option}", str(tmp_path / "x.png")]
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 2
-        assert f"{option} is given, and flux-tiny-dev is not shown one" in result.output
+        assert f"{option} is given, and flux-tiny-dev has no use for it" in result.output
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("seeds", [[3], [3, 4]])
+def test_a_hole_without_fill_is_diffusers(tiny, tmp_path, monkeypatch, strength, seeds):
+    """By mixing at every step, as FluxInpaintPipeline does."""
+    monkeypatch.setattr(inpaint_module, "retrieve_latents", lambda output, *_, **__: output.latent_dist.mode())
+    convert(TINY, tmp_path / "folder", "diffusers", dtype=torch.float32)
+    theirs = FluxInpaintPipeline.from_pretrained(tmp_path / "folder")
+    theirs.set_progress_bar_config(disable=True)
+    options = {"seed": seeds, "strength": strength, "num_steps": 5, "guidance": 4.0, "progress": False}
+    found = tiny(PROMPT, image=drawn(), mask=holes(), **options)
+    expected = theirs(
+        [PROMPT] * len(seeds),
+        image=drawn(),
+        mask_image=holes(),
+        strength=strength,
+        height=128,
+        width=128,
+        num_inference_steps=5,
+        guidance_scale=4.0,
+        max_sequence_length=32,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+    ).images
+    same(found, expected)
+    kept = np.asarray(holes()) == 0
+    whole = tiny.decode(pack(encode(tiny.autoencoder, as_pixels(drawn(), 128, 128))), 128, 128)[0]
+    changed = abs(np.asarray(found[0]).astype(int) - np.asarray(whole)).max(axis=2)
+    assert np.median(changed[kept]) <= 3  # what is kept is what the VAE makes of the picture
+    if strength == 1:
+        assert changed[~kept].mean() > 5 * changed[kept].mean()
 
 
 def test_canny_starts_from_a_picture_too(members):

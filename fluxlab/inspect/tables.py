@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from numbers import Integral
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def summary(
 
     if isinstance(model, str):
         inputs = example_inputs(model, device="meta") if inputs is None else inputs
-        model = build(model, device="meta")
+        model = cast(nn.Module, build(model, device="meta"))
     if inputs is None:
         raise ValueError("inputs is None; give what the module is called with: FluxInputs, a dict or a tensor")
     given = inputs.kwargs() if isinstance(inputs, FluxInputs) else inputs

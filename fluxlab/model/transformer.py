@@ -137,23 +137,29 @@ class Flux(Observed):
                     raise ValueError(f"timesteps has {wrong[0]:g}; t is in [0, 1], and the model multiplies it by 1000")
 
 
-def build(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **overrides: Any) -> Flux:
+def build(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """A model of a variant's sizes with random weights; on ``"meta"`` it has shapes and takes no memory.
 
     Args:
         name: of the variant.
         device: where its weights are made.
         dtype: of its weights.
-        **overrides: any field of ``FluxConfig``, such as ``depth=2, depth_single_blocks=2``.
+        **overrides: any field of the config, such as ``depth=2, depth_single_blocks=2``.
+
+    Returns:
+        A ``Flux``, or a ``Flux2`` for flux2-dev, flux2-klein-4b and flux2-klein-9b.
 
     Raises:
         ConfigError: no such variant, no such field, or sizes that do not fit together.
     """
-    known = [field.name for field in fields(FluxConfig)]
+    from fluxlab.model.flux2 import FLUX2, Flux2  # made of the same parts as this module
+
+    config: Any = FLUX2[name] if name in FLUX2 else variant(name).transformer
+    known = [field.name for field in fields(config)]
     if unknown := [field for field in overrides if field not in known]:
-        raise ConfigError(f"{unknown[0]} is not a field of FluxConfig; the fields are {', '.join(known)}")
+        raise ConfigError(f"{unknown[0]} is not a field of {type(config).__name__}; the fields are {', '.join(known)}")
     with torch.device("meta"):
-        model = Flux(replace(variant(name).transformer, **overrides)).to(dtype)
+        model = (Flux2 if name in FLUX2 else Flux)(replace(config, **overrides)).to(dtype)
     if torch.device(device).type != "meta":
         model.to_empty(device=device)
         for module in model.modules():

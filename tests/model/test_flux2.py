@@ -1,0 +1,110 @@
+"""FLUX.2's transformer: published counts, published names, and diffusers' output."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import Flux2Transformer2DModel
+from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers as to_diffusers
+
+import fluxlab as fl
+from fluxlab.model.flux2 import Flux2, Flux2Config
+from tests.helpers import randomise
+
+SMALL = Flux2Config(12, 40, 64, 2, 2, 3, axes_dim=(8, 8, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("flux2-dev", 32_223_281_152), ("flux2-klein-4b", 3_875_544_576), ("flux2-klein-9b", 9_078_581_248)],
+)
+def test_counts_are_the_published(name, count):
+    model = fl.build(name, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert not any(name.endswith("bias") for name in model.state_dict())
+
+
+def inputs(config, dtype=torch.float32, batch=2):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.zeros(batch, 7, 4)
+    ids[..., 3] = torch.arange(7)  # text has places
+    rows = torch.cartesian_prod(torch.zeros(1), torch.arange(3.0), torch.arange(4.0), torch.zeros(1))
+    return {
+        "img": torch.randn(batch, 12, config.in_channels, generator=generator, dtype=dtype),
+        "img_ids": rows.expand(batch, -1, -1),
+        "txt": torch.randn(batch, 7, config.context_in_dim, generator=generator, dtype=dtype),
+        "txt_ids": ids,
+        "timesteps": torch.tensor([0.25, 0.5])[:batch],  # exact in thousandths
+        "guidance": torch.tensor([4.0, 1.0])[:batch] if config.guidance_embed else None,
+    }
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.float64, 1e-6)])
+def test_the_output_is_diffusers(guidance, dtype, within):
+    """In float64 the sinusoids of time are float32 still, in both; the noise shrinks."""
+    config = replace(SMALL, guidance_embed=guidance)
+    model = randomise(Flux2(config)).to(dtype)
+    theirs = Flux2Transformer2DModel(
+        in_channels=12,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=40,
+        axes_dims_rope=(8, 8, 8, 8),
+        guidance_embeds=guidance,
+    )
+    theirs.load_state_dict(to_diffusers(dict(model.state_dict())))  # by its own table of published names; strictly
+    theirs = theirs.to(dtype).eval()
+    given = inputs(config, dtype)
+    with torch.no_grad():
+        ours = model(**given)
+        expected = theirs(
+            given["img"],
+            given["txt"],
+            given["timesteps"],
+            given["img_ids"],
+            given["txt_ids"],
+            given["guidance"],
+            return_dict=False,
+        )[0]
+    assert ((ours - expected).norm() / expected.norm()) < within
+
+
+def test_text_is_rotated_there():
+    """In FLUX.1 text sits at zero; here its places matter."""
+    model, given = randomise(Flux2(SMALL)), inputs(SMALL)
+    with torch.no_grad():
+        moved = model(**given | {"txt_ids": given["txt_ids"].flip(1)})
+        assert (moved - model(**given)).norm() > 1e-3 * moved.norm()
+
+
+def test_modulation_is_18_per_cent_of_flux1s_27():
+    """1.8 % of [dev] are the three shared modulations, 2.0 % with the last layer's own."""
+    model = fl.build("flux2-dev", device="meta")
+    total = sum(p.numel() for p in model.parameters())
+    shared = sum(p.numel() for name, p in model.named_parameters() if "modulation" in name and "final" not in name)
+    last = model.final_layer.adaLN_modulation[1].weight.numel()
+    assert round(100 * shared / total, 1) == 1.8
+    assert round(100 * (shared + last) / total, 1) == 2.0
+
+
+def test_inner_tensors_are_seen():
+    model = randomise(Flux2(SMALL))
+    with fl.capture(model, ["double_blocks.1.img_attn.qkv", "single_blocks.0.linear1"]) as tape, torch.no_grad():
+        model(**inputs(SMALL))
+    assert tape["single_blocks.0.linear1"].shape == (2, 19, 3 * 64 + 2 * 192)
+
+
+def test_what_does_not_fit_is_said():
+    given = inputs(SMALL)
+    with pytest.raises(ValueError, match="guidance is None, and this model needs guidance"):
+        Flux2(SMALL)(**given | {"guidance": None})
+    with pytest.raises(ValueError, match="guidance is given, and this model has no guidance embedder; leave"):
+        Flux2(replace(SMALL, guidance_embed=False))(**given)
+    with pytest.raises(fl.ConfigError, match="hidden_size is 63, which is not 2 heads of 32"):
+        replace(SMALL, hidden_size=63)
+    with pytest.raises(fl.ConfigError, match="depths is not a field of Flux2Config; the fields are in_channels"):
+        fl.build("flux2-dev", device="meta", depths=2)
+    assert len(fl.build("flux2-klein-4b", device="meta", depth=1, depth_single_blocks=2).single_blocks) == 2

@@ -70,6 +70,12 @@ class _Place:
     layer: Any
     rows: tuple[int, int]
     swapped: bool = False
+    image: bool = False  # whether it takes the image tokens
+
+    @property
+    def widens(self) -> bool:
+        """Whether it is ``img_in`` of a model that is shown nothing, which may be shown edges or depth."""
+        return self.image and self.layer.in_features < 128
 
     def spread(self, tensor: Tensor) -> Tensor:
         """A tensor with these rows, in all rows of the layer."""
@@ -105,38 +111,49 @@ def read_lora(path: str | Path, modules: Mapping[str, nn.Module]) -> tuple[list[
     for name, entry in tensors.entries.items():
         match, norm = _ROLE.fullmatch(name), norms.get(name.removesuffix(".scale"))
         if match and _own(match[1]) in places:
-            roles[match[1]][str(match.lastgroup)] = name
+            if (role := str(match.lastgroup)) in roles[match[1]]:
+                raise WeightsError(f"{path}: {name} and {roles[match[1]][role]} are both the {role} of one layer")
+            roles[match[1]][role] = name
         elif name.endswith("_norm.scale") and norm is not None and entry.shape == norm.scale.shape:
-            scales[norm] = finite(tensors[name], name, tensors.path)
+            scales[norm] = name
         else:
             unknown.append(name)
     if unknown:
         said = f"{len(unknown)} tensors fit nothing in {' or '.join(modules)}: {listed(unknown, 4)}"
         raise WeightsError(f"{path}: {said}; is it of another model?")
-    return [_change(layer, own, places[_own(layer)], tensors) for layer, own in roles.items()], scales
+    named: dict[_Place, str] = {}
+    for layer, own in roles.items():  # before any value is read
+        _check_shapes(
+            layer, {role: tensors.entries[name].shape for role, name in own.items()}, places[_own(layer)], path
+        )
+        if (other := named.setdefault(places[_own(layer)], layer)) != layer:
+            raise WeightsError(f"{path}: {layer} and {other} are the same layer")
+    changes = [_change(layer, own, places[_own(layer)], tensors) for layer, own in roles.items()]
+    return changes, {norm: finite(tensors[name], name, tensors.path) for norm, name in scales.items()}
+
+
+def _check_shapes(layer: str, shapes: dict[str, torch.Size], place: _Place, path: str | Path) -> None:
+    if missing := {"down", "up"} - shapes.keys():
+        raise WeightsError(f"{path}: {layer} has no {' and no '.join(sorted(missing))} matrix")
+    down, up, linear, rows = shapes["down"], shapes["up"], place.layer, place.rows[1] - place.rows[0]
+    columns = [linear.in_features, *([128] if place.widens else [])]  # more of them for edges or depth
+    rank = (*down, 0)[0]
+    fits = rank and down in [(rank, each) for each in columns] and up == (rows, rank)
+    if not (fits and shapes.get("bias", (rows,)) == (rows,)):
+        said = ", ".join(f"{role} {list(shape)}" for role, shape in shapes.items())
+        want = f"down [rank, {linear.in_features}], up [{rows}, rank]"
+        raise WeightsError(f"{path}: {layer} is {said}, where {want} was expected; is it of another model?")
+    if (alpha := shapes.get("alpha", torch.Size())).numel() != 1:
+        raise WeightsError(f"{path}: alpha of {layer} is of shape {list(alpha)}; it must be one number")
 
 
 def _change(layer: str, roles: dict[str, str], place: _Place, tensors: Tensors) -> Change:
-    path, linear = tensors.path, place.layer
-    if missing := {"down", "up"} - roles.keys():
-        raise WeightsError(f"{path}: {layer} has no {' and no '.join(sorted(missing))} matrix")
-    given = {role: finite(tensors[name], name, path) for role, name in roles.items()}
+    given = {role: finite(tensors[name], name, tensors.path) for role, name in roles.items()}
     down, up, bias = given["down"], given["up"], given.get("bias")
-    rank, rows = len(down) if down.ndim else 0, place.rows[1] - place.rows[0]
-    columns = (
-        (linear.in_features, 128) if layer.endswith("img_in") else (linear.in_features,)
-    )  # an edge model's are more
-    fits = down.shape in [(rank, each) for each in columns] and up.shape == (rows, rank)
-    if not (rank and fits and (bias is None or bias.shape == (rows,))):
-        shapes = ", ".join(f"{role} {list(tensor.shape)}" for role, tensor in given.items())
-        want = f"down [rank, {linear.in_features}], up [{rows}, rank]"
-        raise WeightsError(f"{path}: {layer} is {shapes}, where {want} was expected; is it of another model?")
-    if given.get("alpha", down[0, 0]).numel() != 1:
-        raise WeightsError(f"{path}: alpha of {layer} is of shape {list(given['alpha'].shape)}; it must be one number")
-    alpha = given["alpha"].item() if "alpha" in given else _told(tensors, layer, rank)
+    alpha = given["alpha"].item() if "alpha" in given else _told(tensors, layer, len(down))
     if not (isfinite(alpha) and alpha):
-        raise WeightsError(f"{path}: alpha of {layer} is {alpha}; it must be finite, and not 0")
-    return Change(linear, down, place.spread(up), None if bias is None else place.spread(bias), alpha / rank)
+        raise WeightsError(f"{tensors.path}: alpha of {layer} is {alpha}; it must be finite, and not 0")
+    return Change(place.layer, down, place.spread(up), None if bias is None else place.spread(bias), alpha / len(down))
 
 
 def _told(tensors: Tensors, layer: str, rank: int) -> float:
@@ -164,7 +181,7 @@ def _places(modules: Mapping[str, nn.Module]) -> Iterator[tuple[tuple[str, str],
     for part, module in modules.items():
         linears = {name: each for name, each in module.named_modules() if isinstance(each, nn.Linear)}
         for name, linear in linears.items():
-            whole = _Place(linear, (0, linear.out_features))
+            whole = _Place(linear, (0, linear.out_features), image=name == "img_in")
             own = name.removeprefix("text_model.").replace(".", "_")
             yield (part, own), whole
             for theirs, ours in _XLABS.items():
@@ -175,4 +192,7 @@ def _places(modules: Mapping[str, nn.Module]) -> Iterator[tuple[tuple[str, str],
             if (layer := linears.get(rule.official.removesuffix(".weight"))) is not None:
                 ends = pairwise(accumulate(rule.rows or (layer.out_features,), initial=0))
                 for theirs, rows in zip(rule.diffusers, ends, strict=True):
-                    yield (part, theirs.removesuffix(".weight").replace(".", "_")), _Place(layer, rows, rule.swapped)
+                    yield (
+                        (part, theirs.removesuffix(".weight").replace(".", "_")),
+                        _Place(layer, rows, rule.swapped, rule.official == "img_in.weight"),
+                    )

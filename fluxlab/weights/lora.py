@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from math import isfinite
 from numbers import Real
 from pathlib import Path
@@ -28,8 +29,10 @@ class Lora:
 
         Raises:
             WeightsError: a file cannot be read, or does not fit the modules; nothing is changed then.
-            ValueError: a strength is no finite number.
+            ValueError: a strength is no finite number, or a file is named twice.
         """
+        if len({str(file) for file in files}) < len(files):
+            raise ValueError(f"files has one file twice: {', '.join(map(str, files))}; give each once")
         self.strengths = {str(file): _checked(file, strength) for file, strength in files.items()}
         self.merged = False
         self._model: Any = modules["transformer"]
@@ -52,13 +55,19 @@ class Lora:
         """Change how much of a file is added. Scales of norms that it replaces are its own at any strength.
 
         Raises:
-            ValueError: the strength is no finite number, or there is no such file here.
+            ValueError: the strength is no finite number, there is no such file here, or they were taken off.
         """
         if str(file) not in self.strengths:
             raise ValueError(f"{str(file)!r} is none of these LoRAs: {', '.join(self.strengths)}")
-        self.strengths[str(file)] = _checked(file, strength)
+        if not self._before:
+            raise ValueError("these LoRAs were taken off; merge() puts them on again")
+        before, self.strengths[str(file)] = self.strengths[str(file)], _checked(file, strength)
         if self.merged:
-            self.merge()
+            try:
+                self.merge()
+            except ValueError:
+                self.strengths[str(file)] = before
+                raise
 
     def merge(self) -> None:
         """Add all to the weights, in float32 and rounded once.
@@ -115,22 +124,15 @@ class Lora:
     def _keep_apart(self) -> None:
         """In the layers' forwards, and not in hooks: who looks at a layer's output sees the sum."""
         for layer, changes in self._changes.items():
-            self._wrap(layer, lambda inner, x, layer=layer, changes=changes: self._sum(inner, x, layer, changes))
+            self._wrap(layer, partial(_sum, layer, changes, self.strengths))
         for norm, scale in self._scales.items():
-            self._wrap(norm, lambda inner, x, norm=norm, scale=scale: _with_scale(inner, x, norm, scale))
+            self._wrap(norm, partial(_with_scale, norm, scale))
         self._widen()
 
-    def _sum(self, inner: Any, x: Tensor, layer: Any, changes: list[tuple[str, Change]]) -> Tensor:
-        total = inner(x[..., : layer.in_features])
-        for file, change in changes:
-            if by := self.strengths[file] * change.scale:
-                bias = None if change.bias is None else change.bias.to(x)
-                total = total + by * F.linear(F.linear(x, change.down.to(x)), change.up.to(x), bias)
-        return total
-
     def _wrap(self, layer: Any, forward: Callable[..., Tensor]) -> None:
-        inner, own, on = layer.forward, vars(layer).get("forward"), [True]
-        layer.forward = wrapped = lambda x: forward(inner, x) if on else inner(x)
+        own, on = vars(layer).get("forward"), [True]
+        wrapped = partial(_forward, layer, own, on, forward)  # a copy of the layer gets a copy of it, about itself
+        layer.forward = wrapped
 
         def restore() -> None:
             on.clear()
@@ -152,7 +154,23 @@ class Lora:
         self._set_to += [(owner, name, value)] if isinstance(value, nn.Parameter) else []
 
 
-def _with_scale(inner: Any, x: Tensor, norm: Any, scale: Tensor) -> Tensor:
+def _forward(layer: Any, own: Any, on: list[bool], forward: Callable[..., Tensor], x: Tensor) -> Tensor:
+    inner = own or partial(type(layer).forward, layer)
+    return forward(inner, x) if on else inner(x)
+
+
+def _sum(
+    layer: Any, changes: list[tuple[str, Change]], strengths: Mapping[str, float], inner: Any, x: Tensor
+) -> Tensor:
+    total = inner(x[..., : layer.in_features])
+    for file, change in changes:
+        if by := strengths[file] * change.scale:
+            bias = None if change.bias is None else change.bias.to(x)
+            total = total + by * F.linear(F.linear(x, change.down.to(x)), change.up.to(x), bias)
+    return total
+
+
+def _with_scale(norm: Any, scale: Tensor, inner: Any, x: Tensor) -> Tensor:
     """A norm with another scale, for this call: where weights come and go, its own comes anew each time."""
     own = norm.scale
     norm.scale = _parameter(scale.to(own))

@@ -1,5 +1,6 @@
 """LoRA files of every dialect, beside diffusers' loading of the same file and formulas: apart, merged, taken off."""
 
+import copy
 import json
 import re
 import warnings
@@ -269,7 +270,7 @@ def test_bfls_own_is_its_published_formula(tmp_path, model, merged):
 
 
 def test_bfls_names_at_full_depth_are_diffusers(tmp_path):
-    """Rank 2, of all 19 + 38 blocks: each matrix is what diffusers' converter makes of the same names.
+    """Rank 4, of all 19 + 38 blocks: each matrix is what diffusers' converter makes of the same names.
 
     But one: it swaps the halves of the last layer's down matrix as well, which are no shift and scale but ranks.
     """
@@ -278,8 +279,8 @@ def test_bfls_names_at_full_depth_are_diffusers(tmp_path):
     for name, module in canny.named_modules():
         if isinstance(module, nn.Linear):
             tensors |= {
-                f"{name}.lora_A.weight": draw(2, module.in_features),
-                f"{name}.lora_B.weight": draw(module.out_features, 2),
+                f"{name}.lora_A.weight": draw(4, module.in_features),
+                f"{name}.lora_B.weight": draw(module.out_features, 4),
             }
             tensors[f"{name}.lora_B.bias"] = draw(module.out_features)
         if name.endswith("_norm") and hasattr(module, "scale"):
@@ -303,7 +304,7 @@ def test_bfls_names_at_full_depth_are_diffusers(tmp_path):
                 for name, part in rule.split(ours).items():
                     full = f"transformer.{name.removesuffix('weight')}{role}"
                     assert torch.equal(part, theirs[full]), full
-                    down = change.down.flip(0) if rule.swapped else change.down
+                    down = torch.cat(change.down.chunk(2)[::-1]) if rule.swapped else change.down
                     assert torch.equal(down, theirs[full.replace(role, "lora_A.weight")])
                     compared |= {full, full.replace(role, "lora_A.weight")}
     assert compared == set(theirs)
@@ -403,6 +404,78 @@ def test_two_are_taken_off_in_any_order_apart_and_in_their_own_merged(tmp_path, 
     torch.testing.assert_close(out(model), alone[0], rtol=1e-4, atol=1e-5)
     first.undo()
     assert torch.equal(out(model), base)
+
+
+def test_a_copy_of_the_model_is_another_model(tmp_path, model):
+    """It has the LoRA as it was, and weights of its own."""
+    write_tensors(official(model)[0], tmp_path / "x.safetensors")
+    base = out(model)
+    lora = Lora({"transformer": model}, {tmp_path / "x.safetensors": 1})
+    copied, changed = copy.deepcopy(model), out(model)
+    assert torch.equal(out(copied), changed)
+    with torch.no_grad():
+        copied.get_submodule(LAYERS[0]).weight.zero_()
+    assert not torch.equal(out(copied), changed)
+    assert torch.equal(out(model), changed)
+    lora.undo()
+    assert torch.equal(out(model), base)
+
+
+def test_only_an_img_in_of_noise_alone_grows(tmp_path):
+    """Fill's is wider already; of diffusers' names too."""
+    for name in ("img_in", "transformer.x_embedder"):
+        for columns, refused in ((64, False), (128, False), (384, True)):
+            config = replace(SMALL, in_channels=columns)
+            model = randomise(fl.Flux(config))
+            write_tensors({f"{name}.lora_A.weight": draw(4, 128), f"{name}.lora_B.weight": draw(64, 4)}, tmp_path / "x")
+            if refused:
+                with pytest.raises(fl.WeightsError, match=r"down \[4, 128\].* where down \[rank, 384\]"):
+                    Lora({"transformer": model}, {tmp_path / "x": 1})
+                continue
+            with Lora({"transformer": model}, {tmp_path / "x": 1}) as lora:
+                apart = out(model, small_inputs(img=draw(1, 12, 128)))
+                lora.merge()
+                torch.testing.assert_close(out(model, small_inputs(img=draw(1, 12, 128))), apart, rtol=1e-4, atol=1e-5)
+            assert model.config == config
+
+
+def test_what_is_said_twice_is_refused(tmp_path, model):
+    tensors, _ = official(model, ["img_in"])
+    for other in ("img_in.lora_down.weight", "diffusion_model.img_in.lora_A.weight"):
+        more = {other: tensors["img_in.lora_A.weight"]}
+        if other.startswith("diff"):
+            more["diffusion_model.img_in.lora_B.weight"] = tensors["img_in.lora_B.weight"]
+        write_tensors(tensors | more, tmp_path / "x")
+        with pytest.raises(fl.WeightsError, match=r"are both the down of one layer|are the same layer"):
+            Lora({"transformer": model}, {tmp_path / "x": 1})
+    write_tensors(tensors, tmp_path / "x")
+    with pytest.raises(ValueError, match="files has one file twice"):
+        Lora({"transformer": model}, {str(tmp_path / "x"): 1, tmp_path / "x": 0.25})
+
+
+def test_shapes_are_checked_before_any_value_is_read(tmp_path, model, monkeypatch):
+    tensors, _ = official(model)
+    last = list(tensors)[-1]
+    write_tensors(tensors | {last: torch.ones(3, 3)}, tmp_path / "x")
+    monkeypatch.setattr("fluxlab.weights.dialects.finite", lambda *_: pytest.fail("a value was read"))
+    with pytest.raises(fl.WeightsError, match="is it of another model"):
+        Lora({"transformer": model}, {tmp_path / "x": 1})
+
+
+def test_a_strength_that_cannot_be_set_is_not_kept(tmp_path, model):
+    write_tensors(official(model)[0], tmp_path / "x")
+    lora = Lora({"transformer": model}, {tmp_path / "x": 1})
+    lora.merge()
+    with torch.no_grad():
+        layer = model.get_submodule(LAYERS[0])
+        layer.weight = nn.Parameter(layer.weight.clone())
+    with pytest.raises(ValueError, match="weights were changed after"):
+        lora.set_strength(tmp_path / "x", 0.1)
+    assert lora.strengths == {str(tmp_path / "x"): 1}
+    other = Lora({"transformer": model}, {tmp_path / "x": 1})
+    other.undo()
+    with pytest.raises(ValueError, match=r"these LoRAs were taken off; merge\(\) puts them on again"):
+        other.set_strength(tmp_path / "x", 0.1)
 
 
 def test_a_pipeline_is_loaded_with_it(tmp_path, tiny):

@@ -17,7 +17,7 @@ from fluxlab.course.gallery import gallery
 from fluxlab.files import replacing
 from fluxlab.onnx.export import GRAPHS, PARTS
 from fluxlab.tiny.recipe import SMOKE, Recipe
-from fluxlab.tiny.train import train
+from fluxlab.tiny.train import train, train_member
 from fluxlab.weights.convert import convert as convert_model
 from fluxlab.weights.which import which as which_parts
 
@@ -58,9 +58,12 @@ def generate(
     seed: Annotated[int, Option(help="Of the noise: the same seed gives the same picture.")] = 0,
     width: Annotated[int | None, Option(help="In pixels, a multiple of 16.")] = None,
     height: Annotated[int | None, Option(help="In pixels, a multiple of 16.")] = None,
-    image: Annotated[Path | None, Option(help="A picture to start from, to fill or to change.")] = None,
+    image: Annotated[
+        list[Path] | None, Option(help="A picture to start from, to fill, to change or to vary. For Redux, repeatable.")
+    ] = None,
     mask: Annotated[Path | None, Option(help="For Fill: white where there is to be painted.")] = None,
     control: Annotated[Path | None, Option(help="For Canny and Depth: the picture of edges or of depth.")] = None,
+    redux: Annotated[Path | None, Option(help="The folder of FLUX.1-Redux-dev, which tells --image as text.")] = None,
     strength: Annotated[float | None, Option(help="How much of --image becomes noise, (0, 1]. [default: 0.7]")] = None,
     negative_prompt: Annotated[str | None, Option(help="What --true-cfg leads away from.")] = None,
     true_cfg: Annotated[float, Option(help="Above 1: guidance by a second forward a step.")] = 1.0,
@@ -77,9 +80,12 @@ def generate(
     options: Any = {"guidance": guidance, "width": width, "height": height, "strength": strength, "true_cfg": true_cfg}
     options |= {"seed": seed, "num_steps": steps, "negative_prompt": negative_prompt, "tiled": tiled}
     with replacing(output) as temporary:
-        shown: Any = {"image": image, "mask": mask, "control": control}
+        shown: Any = {"mask": mask, "control": control}
         options |= {name: Image.open(path) for name, path in shown.items() if path}
-        pipe = fl.load(variant, source, device, lora=dict(map(_strength, lora or ())), low_memory=low_memory or None)
+        images = [Image.open(path.expanduser()) for path in image or ()]
+        options |= {"image": images[0] if len(images) == 1 else images} if images else {}
+        loras, low = dict(map(_strength, lora or ())), low_memory or None
+        pipe = fl.load(variant, source, device, lora=loras, redux=redux, low_memory=low)
         picture: Any = pipe(prompt, **options)
         picture.save(temporary)
     typer.echo(f"{output}: {picture.width} x {picture.height} pixels")
@@ -176,11 +182,16 @@ def train_tiny(
     run: Annotated[Path, Option(help="Where the training keeps its state; run again, it goes on from there.")],
     output: Annotated[Path | None, Option(help="Where flux-tiny is written when done.")] = None,
     earlier: Annotated[Path | None, Option(help="Folder of a flux-tiny to go on from.")] = None,
+    member: Annotated[str | None, Option(help="A relative instead, from its teacher: fill or kontext.")] = None,
     seed: Annotated[int, Option(min=0, help="Of everything drawn.")] = 0,
     smoke: Annotated[bool, Option(help="A few steps of every stage, to see that all of it works.")] = False,
 ) -> None:
     """Train flux-tiny: tokenizers, autoencoder, text encoders, flow, guidance, fewer steps; then measure it."""
-    train(run, replace(SMOKE if smoke else Recipe(), seed=seed), output, earlier)
+    recipe = replace(SMOKE if smoke else Recipe(), seed=seed)
+    if member is None:
+        train(run, recipe, output, earlier)
+    else:
+        train_member(member, run, recipe, output, earlier)
 
 
 if __name__ == "__main__":

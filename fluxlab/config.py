@@ -85,6 +85,42 @@ class FluxConfig:
 
 
 @dataclass(frozen=True)
+class Flux2Config:
+    """Sizes of FLUX.2's transformer. The defaults are its [dev]'s."""
+
+    in_channels: int = 128  # a 2x2 patch of a latent of 32 channels
+    context_in_dim: int = 15360  # three layers of the language model, side by side
+    hidden_size: int = 6144
+    num_heads: int = 48
+    depth: int = 8  # double blocks
+    depth_single_blocks: int = 48
+    mlp_ratio: float = 3.0
+    axes_dim: tuple[int, ...] = (32, 32, 32, 32)  # which picture, row, column, place in the text
+    theta: int = 2000
+    guidance_embed: bool = True
+
+    def __post_init__(self) -> None:
+        if self.hidden_size != self.num_heads * sum(self.axes_dim):
+            heads = f"{self.num_heads} heads of {sum(self.axes_dim)}, the sum of axes_dim {self.axes_dim}"
+            raise ConfigError(f"hidden_size is {self.hidden_size}, which is not {heads}")
+
+    @property
+    def out_channels(self) -> int:
+        """Numbers of a token's velocity: 128."""
+        return self.in_channels
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one head: 128."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_hidden_dim(self) -> int:
+        """Hidden width of the MLP."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+
+@dataclass(frozen=True)
 class AutoEncoderConfig:
     """Sizes of the VAE. The defaults are those of every FLUX.1 model."""
 
@@ -132,7 +168,7 @@ class Variant:
     autoencoder_file: str = "ae.safetensors"  # the same for the VAE
     size: int = 1024  # the usual side of a picture, in pixels
     pipeline: str = "FluxPipeline"  # diffusers' class that paints with it
-    shown: Literal["nothing", "hole", "control", "reference"] = "nothing"  # beside the noise
+    shown: Literal["nothing", "hole", "edges", "depth", "reference"] = "nothing"  # beside the noise
 
     def __post_init__(self) -> None:
         if len(self.autoencoder.ch_mult) != 4:
@@ -196,6 +232,17 @@ def _schnell(base: Variant, **differences: Any) -> Variant:
     return replace(base, guidance=None, time_shift=False, **changed, **differences)
 
 
+def _tiny_relative(title: str, **differences: Any) -> Variant:
+    """A relative of flux-tiny, trained on from its teacher."""
+    name = f"flux-tiny-{title}-dev"
+    return replace(_TINY_DEV, name=name, transformer_file=f"flux-tiny/{name}.safetensors", **differences)
+
+
+_WIDER = replace(_TINY_DEV.transformer, in_channels=384)
+TINY_FILL = _tiny_relative("fill", transformer=_WIDER, pipeline="FluxFillPipeline", shown="hole")
+_WORDS = {"t5": "flux-tiny/kontext/t5", "clip": "flux-tiny/kontext/clip"}  # its own: instructions have other words
+TINY_KONTEXT = _tiny_relative("kontext", **_WORDS, pipeline="FluxKontextPipeline", shown="reference")
+
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
@@ -206,12 +253,41 @@ VARIANTS: dict[str, Variant] = {
         # 384 = 64 noisy latent + 64 latent of the masked picture + 256 mask (8x8 pixels of each latent cell, 2x2 cells)
         _relative("Fill", 384, guidance=30.0, pipeline="FluxFillPipeline", shown="hole"),
         # 128 = 64 noisy latent + 64 latent of the edge or depth picture
-        _relative("Canny", 128, guidance=30.0, pipeline="FluxControlPipeline", shown="control"),
-        _relative("Depth", 128, guidance=10.0, pipeline="FluxControlPipeline", shown="control"),
+        _relative("Canny", 128, guidance=30.0, pipeline="FluxControlPipeline", shown="edges"),
+        _relative("Depth", 128, guidance=10.0, pipeline="FluxControlPipeline", shown="depth"),
         _TINY_DEV,
         _schnell(_TINY_DEV),
     )
 }
+
+
+@dataclass(frozen=True)
+class Second:
+    """A model of FLUX.2, of which the transformer alone is here, to be built and counted. The defaults are [dev]'s."""
+
+    name: str
+    transformer: Flux2Config = Flux2Config()
+    t5_length: int = 512  # text tokens; they are a language model's, not T5's
+    size: int = 1024  # the usual side of a picture, in pixels
+
+
+FLUX2 = {
+    second.name: second
+    for second in (
+        Second("flux2-dev"),
+        Second("flux2-klein-4b", Flux2Config(128, 7680, 3072, 24, 5, 20, guidance_embed=False)),
+        Second("flux2-klein-9b", Flux2Config(128, 12288, 4096, 32, 8, 24, guidance_embed=False)),
+    )
+}
+
+
+def described(name: str) -> Variant | Second:
+    """The variant of that name, or one of FLUX.2, whose transformer can be built and counted.
+
+    Raises:
+        ConfigError: there is none; the message gives the nearest names.
+    """
+    return FLUX2[name] if name in FLUX2 else variant(name)
 
 
 def variant(name: str) -> Variant:
@@ -222,6 +298,8 @@ def variant(name: str) -> Variant:
     """
     if name in VARIANTS:
         return VARIANTS[name]
+    if name in FLUX2:
+        raise ConfigError(f"of {name} the transformer alone is here: fl.build({name!r}, device='meta'), and the tables")
     near = difflib.get_close_matches(str(name), VARIANTS, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? All of them" if near else "there are"
     raise ConfigError(f"unknown variant {name!r}; {hint}: {', '.join(VARIANTS)}")

@@ -5,12 +5,15 @@ tables of chapter 12 and flux-tiny's training ask here what a weight is for.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from typing import Literal
 
-from fluxlab.config import EMBEDDING_DIM, FluxConfig
+from fluxlab.config import EMBEDDING_DIM, Flux2Config, FluxConfig
+
+Config = FluxConfig | Flux2Config
 
 Kind = Literal["input", "tensor", "weight", "symbol"]
 
@@ -27,11 +30,11 @@ class Entry:
     tokens: str = ""  # of a weight, what it is applied to: I, T or L tokens, or 1 vector for the whole picture
     serves: str = ""  # of a weight: attention, MLP, attention and MLP, QK-norm, modulation, input and output
 
-    def shape(self, config: FluxConfig, batch: int = 1, text: int = 512, image: int = 4096) -> tuple[int, ...]:
+    def shape(self, config: Config, batch: int = 1, text: int = 512, image: int = 4096) -> tuple[int, ...]:
         """The sizes that the axes stand for, with ``batch`` pictures at once, and of each so many tokens."""
         c = config
         sizes = {"B": batch, "T": text, "I": image, "L": text + image, "C": c.hidden_size, "H": c.num_heads}
-        sizes |= {"D": c.head_dim, "M": c.mlp_hidden_dim, "V": c.vec_in_dim, "X": c.context_in_dim}
+        sizes |= {"D": c.head_dim, "M": c.mlp_hidden_dim, "V": getattr(c, "vec_in_dim", 0), "X": c.context_in_dim}
         sizes |= {"P": c.in_channels, "O": c.out_channels, "A": len(c.axes_dim), "E": EMBEDDING_DIM}
         return tuple(_size(axis, sizes) for axis in self.axes.split())
 
@@ -181,6 +184,26 @@ AUTOENCODER = {
     r"(encoder|decoder)\.mid\.attn_1\.proj_out": "A 1x1 convolution after the VAE's attention.",
 }
 
+# What FLUX.2 has otherwise, name by name and then word by word; it has no CLIP, no bias, and shared modulations.
+_SECOND = {
+    r"double_blocks\.\{i\}\.(img|txt)_mod\.": r"double_stream_modulation_\1.",
+    r"single_blocks\.\{i\}\.modulation\.": "single_stream_modulation.",
+}
+_SECOND_AXES = {"3C+M": "3C+2M", "M": "2M"}  # gate and value side by side, before SwiGLU
+_SECOND_WORDS = {
+    "GELU": "SwiGLU",
+    "T5's last hidden state": "Three layers of a language model, side by side",
+    ", padding too.": ".",
+    "zero on every axis, so text is not rotated": "its number on the last axis",
+    "index, row, column": "index, row, column, zero",
+    "Time, guidance and CLIP's vector, summed": "Time and guidance, summed",
+    "schnell has none": "klein has none",
+    "The block's modulation": "The single blocks' modulation",
+    "Makes the block's shift, scale and gate": "Makes the shift, scale and gate of all single blocks",
+    "the block's first Linear": "a single block's first Linear",
+    "How much of the block's output": "How much of a single block's output",
+}
+
 _STREAMS = (("img", "image", "I"), ("txt", "text", "T"))
 
 
@@ -207,11 +230,30 @@ def _parts(layer: Entry) -> list[Entry]:
     return [weight, replace(bias, axes=layer.axes.partition(" ")[0], meaning=meaning)]
 
 
-def expand(entry: Entry, config: FluxConfig) -> list[Entry]:
+def _seconds(found: Iterable[Entry]) -> list[Entry]:
+    """The table of FLUX.2."""
+    seconds: list[Entry] = []
+    for entry in found:
+        if entry.name == "y" or entry.name.startswith("vector_in") or entry.name.endswith(".bias"):
+            continue
+        name, axes, meaning = entry.name, entry.axes, entry.meaning
+        for pattern, shared in _SECOND.items():
+            name = re.sub(pattern, shared, name)
+        if re.search(r"mlp\.0|linear1", name):
+            axes = " ".join(_SECOND_AXES.get(axis, axis) for axis in axes.split())
+        for words, others in _SECOND_WORDS.items():
+            meaning = meaning.replace(words, others)
+        seconds.append(replace(entry, name=name, axes=axes, meaning=meaning, chapter="18"))
+    in_blocks = [entry.kind if "{i}" in entry.name else "" for entry in seconds]
+    places = [in_blocks.index(e.kind) - 0.5 if "stream_modulation" in e.name else i for i, e in enumerate(seconds)]
+    return [entry for _, entry in sorted(zip(places, seconds, strict=True), key=lambda pair: pair[0])]
+
+
+def expand(entry: Entry, config: Config) -> list[Entry]:
     """The entry once for each block that a model of this config has; none for what the config leaves out."""
     if entry.name.startswith("guidance") and not config.guidance_embed:
         return []
-    if entry.name.endswith("qkv.bias") and not config.qkv_bias:
+    if entry.name.endswith("qkv.bias") and isinstance(config, FluxConfig) and not config.qkv_bias:
         return []
     if "{i}" not in entry.name:
         return [entry]
@@ -219,9 +261,14 @@ def expand(entry: Entry, config: FluxConfig) -> list[Entry]:
     return [replace(entry, name=entry.name.replace("{i}", str(i))) for i in range(blocks)]
 
 
-def named(config: FluxConfig, *kinds: Kind) -> dict[str, Entry]:
+def table_of(config: Config) -> list[Entry]:
+    """The table for a model of this config: FLUX.1's or FLUX.2's."""
+    return _seconds(entries()) if isinstance(config, Flux2Config) else list(entries())
+
+
+def named(config: Config, *kinds: Kind) -> dict[str, Entry]:
     """Every name of these kinds that a model of this config has, block by block."""
-    listed = (entry for entry in entries() if entry.kind in kinds)
+    listed = (entry for entry in table_of(config) if entry.kind in kinds)
     found: dict[str, Entry] = {}
     for _, group in groupby(listed, lambda entry: "{i}" in entry.name and entry.name.split("{i}")[0]):
         copies = [made for entry in group if (made := expand(entry, config))]

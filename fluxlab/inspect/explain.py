@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fluxlab.config import Variant
+from fluxlab.config import Second, Variant, described
 from fluxlab.config import variant as find_variant
-from fluxlab.glossary import Entry, autoencoder_entry, entries, expand, named
+from fluxlab.glossary import Entry, autoencoder_entry, expand, named, table_of
 from fluxlab.inspect import capture
 from fluxlab.inspect.names import nearest
 from fluxlab.model.attention import attention
 from fluxlab.model.autoencoder import AutoEncoder
-from fluxlab.model.transformer import Flux, build
+from fluxlab.model.transformer import build
 from fluxlab.pipeline.latents import grid
 
 
@@ -38,24 +38,24 @@ def explain(name: str, variant: str = "flux-dev") -> None:
 
 def explanation(name: str, variant: str = "flux-dev") -> str:
     """What ``explain`` prints."""
-    chosen = find_variant(variant)
+    chosen = described(variant)
     known = named(chosen.transformer, "input", "tensor", "weight", "symbol")
     found = [
         entry
-        for entry in entries()
+        for entry in table_of(chosen.transformer)
         if any(entry.name == name or fnmatchcase(each.name, name) for each in expand(entry, chosen.transformer))
     ]
     if name in known:  # one block's own
         found = [known[name]]
     if not found and name.startswith(("encoder.", "decoder.")):
-        return _of_autoencoder(name, chosen)
+        return _of_autoencoder(name, find_variant(variant))
     if not found:
         raise ValueError(f"{name!r} is no name of {variant}; {nearest(name, list(known))}")
     model = build(variant, device="meta")
     return "\n\n".join(_told(entry, chosen, model) for entry in found)
 
 
-def _told(entry: Entry, chosen: Variant, model: Flux) -> str:
+def _told(entry: Entry, chosen: Variant | Second, model: nn.Module) -> str:
     lines = [f"{entry.name}  ({entry.kind}, chapter {entry.chapter})", f"  {entry.meaning}"]
     if entry.axes:
         rows, columns = grid(chosen.size, chosen.size)
@@ -88,7 +88,8 @@ def source_line(name: str, model: nn.Module) -> str:
     ours = {path: part for path, part in ours.items() if not isinstance(part, nn.Linear | nn.Sequential)}
     owner = max((path for path in ours if not path or name.startswith(f"{path}.")), key=len)
     rest = name[len(owner) :].lstrip(".")
-    places = (type(ours[owner]), attention, capture._observer)
+    classes = (base for base in type(ours[owner]).__mro__ if base.__module__.startswith("fluxlab"))
+    places = (*classes, attention, capture._observer)
     point, attribute = re.escape(rest), re.escape(rest.split(".")[0])
     signature, seen = rf"^ +{point}: ", rf'see\("{point}"'
     for pattern in (seen, rf"self\.{attribute}\b[^=]* = ", signature, rf'"{point}"', r"see\(name"):

@@ -7,10 +7,11 @@ from fnmatch import filter as matching
 
 from torch import nn
 
-from fluxlab.config import variant
+from fluxlab.config import described
 from fluxlab.glossary import entries, named
 from fluxlab.inspect.table import Table
 from fluxlab.model.blocks import DoubleStreamBlock, SingleStreamBlock
+from fluxlab.model.flux2 import Flux2
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.latents import grid
 
@@ -30,7 +31,7 @@ def tensor_names(name: str, height: int | None = None, width: int | None = None,
         ConfigError: no such variant.
         ValueError: a side is not positive.
     """
-    chosen = variant(name)
+    chosen = described(name)
     rows, columns = grid(*(chosen.size if side is None else side for side in (height, width)))
     found = named(chosen.transformer, "tensor")
     sizes = {"batch": batch, "text": chosen.t5_length, "image": rows * columns}
@@ -47,7 +48,7 @@ def unwrapped(module: nn.Module) -> dict[str, nn.Module]:
 
 def available(module: nn.Module) -> list[str]:
     """The names that a pattern is matched with: the glossary's for a ``Flux`` or its blocks, else each layer's."""
-    if isinstance(module, Flux):
+    if isinstance(module, Flux | Flux2):
         return ["img", "timesteps", *named(module.config, "tensor")]
     if isinstance(module, DoubleStreamBlock | SingleStreamBlock):
         head = "double_blocks.{i}." if isinstance(module, DoubleStreamBlock) else "single_blocks.{i}."

@@ -5,20 +5,22 @@ Letters: B batch, T text tokens, I image tokens, L = T + I, C hidden size, M hid
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from numbers import Integral
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from fluxlab.config import FluxConfig, Variant, variant
+from fluxlab.config import FLUX2, Second, Variant, described
 from fluxlab.extras import importing
-from fluxlab.glossary import named
+from fluxlab.glossary import Config, named, table_of
 from fluxlab.inspect.table import Table
 from fluxlab.model.autoencoder import AutoEncoder
-from fluxlab.model.transformer import Flux, build
+from fluxlab.model.transformer import build
 from fluxlab.pipeline.inputs import FluxInputs, example_inputs
 from fluxlab.pipeline.latents import grid
 from fluxlab.pipeline.text import text_encoders
@@ -47,7 +49,8 @@ def summary(
         import torchinfo
 
     if isinstance(model, str):
-        inputs = example_inputs(model, device="meta") if inputs is None else inputs
+        example = _second_inputs if model in FLUX2 else partial(example_inputs, device="meta")
+        inputs = example(model) if inputs is None else inputs
         model = cast(nn.Module, build(model, device="meta"))
     if inputs is None:
         raise ValueError("inputs is None; give what the module is called with: FluxInputs, a dict or a tensor")
@@ -74,6 +77,17 @@ def summary(
     return Table(rows, title=f"{found.total_params:,} parameters")
 
 
+def _second_inputs(name: str) -> dict[str, Tensor]:
+    """What FLUX.2 takes for a usual picture, as shapes alone."""
+    config = described(name).transformer
+    sizes = {e.name: e.shape(config) for e in table_of(config) if e.kind == "input"}
+    return {
+        each: torch.empty(size, device="meta")
+        for each, size in sizes.items()
+        if each != "guidance" or config.guidance_embed
+    }
+
+
 def parameter_table(name: str, by: Literal["part", "kind"] = "part") -> Table:
     """The transformer's parameters: by part, in the order of the forward, or by kind of weight.
 
@@ -86,7 +100,7 @@ def parameter_table(name: str, by: Literal["part", "kind"] = "part") -> Table:
     """
     if by not in ("part", "kind"):
         raise ValueError(f"by is {by!r}; it is 'part' or 'kind'")
-    c = variant(name).transformer
+    c = described(name).transformer
     counts = parameters_by(c, by)
     total = counts.total()
     rows = (
@@ -96,7 +110,7 @@ def parameter_table(name: str, by: Literal["part", "kind"] = "part") -> Table:
     return Table(rows, title=f"{name}: parameters by {by}")
 
 
-def parameters_by(c: FluxConfig, by: Literal["part", "kind"]) -> Counter[str]:
+def parameters_by(c: Config, by: Literal["part", "kind"]) -> Counter[str]:
     """The numbers of ``parameter_table``, for a transformer of any sizes."""
     blocks = {"double_blocks": f"{c.depth} × double block", "single_blocks": f"{c.depth_single_blocks} × single block"}
     counts = Counter[str]()
@@ -106,7 +120,8 @@ def parameters_by(c: FluxConfig, by: Literal["part", "kind"]) -> Counter[str]:
         if by == "part":
             counts[blocks.get(head, head)] += number
         elif entry.serves == "attention and MLP":  # the longest side of linear1 and linear2 is shared
-            mlp = number // max(shape) * c.mlp_hidden_dim if "+M" in entry.axes else 0
+            wide = sum(int(times or 1) * c.mlp_hidden_dim for times in re.findall(r"\+(\d*)M", entry.axes))
+            mlp = number // max(shape) * wide
             counts.update({"attention": number - mlp, "MLP": mlp})
         else:
             counts[entry.serves] += number
@@ -132,7 +147,7 @@ def flops(
         ConfigError: no such variant.
         ValueError: a size is not a whole number of at least 1.
     """
-    chosen = variant(name)
+    chosen = described(name)
     c = chosen.transformer
     image, text = _tokens(chosen, height, width, text_tokens, batch)
     applied = {"I": image, "T": text, "L": image + text, "1": 1}
@@ -153,7 +168,9 @@ def flops(
     return Table(rows, title=f"{name}: one forward, {image} image and {text} text tokens, batch {batch}")
 
 
-def _tokens(chosen: Variant, height: int | None, width: int | None, text: int | None, batch: int) -> tuple[int, int]:
+def _tokens(
+    chosen: Variant | Second, height: int | None, width: int | None, text: int | None, batch: int
+) -> tuple[int, int]:
     """Numbers of image and text tokens."""
     height, width = (chosen.size if side is None else side for side in (height, width))
     text = chosen.t5_length if text is None else text
@@ -170,22 +187,29 @@ def memory(
 
     Arguments and errors are those of ``flops``.
     """
-    chosen = variant(name)
+    chosen = described(name)
     c = chosen.transformer
     image, text = _tokens(chosen, height, width, text_tokens, batch)
-    tokens, wide, hidden = batch * (image + text), c.hidden_size, c.mlp_hidden_dim
-    with torch.device("meta"):
-        t5, clip = text_encoders(chosen)
-        parts = {"transformer": Flux(c), "VAE": AutoEncoder(chosen.autoencoder), "T5 encoder": t5, "CLIP text": clip}
+    tokens, wide = batch * (image + text), c.hidden_size
+    parts: dict[str, nn.Module] = {"transformer": build(name, device="meta")}
+    if isinstance(chosen, Variant):
+        with torch.device("meta"):
+            t5, clip = text_encoders(chosen)
+            parts |= {"VAE": AutoEncoder(chosen.autoencoder), "T5 encoder": t5, "CLIP text": clip}
     numbers = {f"weights: {part}": sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
     numbers |= {
         "tensor: residual stream": tokens * wide,
         "tensor: q, k and v": 3 * tokens * wide,
-        "tensor: a double block's MLP hidden": batch * image * hidden,
-        "tensor: a single block's linear1": tokens * (3 * wide + hidden),
+        "tensor: a double block's MLP hidden": batch * image * _wide(c, "double_blocks.{i}.img_mlp.0"),
+        "tensor: a single block's linear1": tokens * _wide(c, "single_blocks.{i}.linear1"),
         "tensor: attention weights, if ever whole": batch * c.num_heads * (image + text) ** 2,
     }
     rows = (
         {"what": what, "numbers": n, **{k: n * size / 1e9 for k, size in DTYPES.items()}} for what, n in numbers.items()
     )
     return Table(rows, title=f"{name}: GB, {image} image and {text} text tokens, batch {batch}")
+
+
+def _wide(c: Config, name: str) -> int:
+    """Features of a tensor of that name."""
+    return next(entry.shape(c)[-1] for entry in table_of(c) if entry.name == name)

@@ -7,14 +7,12 @@ layers of a language model, side by side. Parameter names are the published chec
 Axes: batch B, tokens L = text T + image I, channels C, hidden width M of the MLP.
 """
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fluxlab.config import EMBEDDING_DIM, ConfigError
+from fluxlab.config import EMBEDDING_DIM, Flux2Config
 from fluxlab.model.blocks import DoubleStreamBlock, LastLayer, SingleStreamBlock
 from fluxlab.model.embeddings import MLPEmbedder, timestep_embedding
 from fluxlab.model.modulation import Modulation, ModulationOut
@@ -22,39 +20,6 @@ from fluxlab.model.observe import Observed
 from fluxlab.model.rope import EmbedND
 
 Steer = tuple[ModulationOut, ...]
-
-
-@dataclass(frozen=True)
-class Flux2Config:
-    """Sizes of a transformer; the defaults are FLUX.2 [dev]'s."""
-
-    in_channels: int = 128  # a 2x2 patch of a latent of 32 channels
-    context_in_dim: int = 15360  # three layers of the language model, side by side
-    hidden_size: int = 6144
-    num_heads: int = 48
-    depth: int = 8  # double blocks
-    depth_single_blocks: int = 48
-    mlp_ratio: float = 3.0
-    axes_dim: tuple[int, ...] = (32, 32, 32, 32)  # which picture, row, column, place in the text
-    theta: int = 2000
-    guidance_embed: bool = True
-
-    def __post_init__(self) -> None:
-        if self.hidden_size != self.num_heads * sum(self.axes_dim):
-            heads = f"{self.num_heads} heads of {sum(self.axes_dim)}, the sum of axes_dim {self.axes_dim}"
-            raise ConfigError(f"hidden_size is {self.hidden_size}, which is not {heads}")
-
-    @property
-    def mlp_hidden_dim(self) -> int:
-        """Hidden width of the MLP."""
-        return int(self.hidden_size * self.mlp_ratio)
-
-
-FLUX2 = {
-    "flux2-dev": Flux2Config(),
-    "flux2-klein-4b": Flux2Config(128, 7680, 3072, 24, 5, 20, guidance_embed=False),
-    "flux2-klein-9b": Flux2Config(128, 12288, 4096, 32, 8, 24, guidance_embed=False),
-}
 
 
 class SwiGLU(nn.Module):
@@ -65,15 +30,19 @@ class SwiGLU(nn.Module):
         return F.silu(gate) * x
 
 
+def gated_mlp(hidden_size: int, mlp_hidden_dim: int) -> nn.Sequential:
+    """Gate and value side by side, their product, and back."""
+    return nn.Sequential(nn.Linear(hidden_size, 2 * mlp_hidden_dim), SwiGLU(), nn.Linear(mlp_hidden_dim, hidden_size))
+
+
 class DoubleStreamBlock2(DoubleStreamBlock):
     """FLUX.1's double block with a gated MLP, steered from outside."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_hidden_dim: int) -> None:
         super().__init__(hidden_size, num_heads, mlp_hidden_dim)
         del self.img_mod, self.txt_mod
-        for name in ("img_mlp", "txt_mlp"):
-            wide, narrow = nn.Linear(hidden_size, 2 * mlp_hidden_dim), nn.Linear(mlp_hidden_dim, hidden_size)
-            setattr(self, name, nn.Sequential(wide, SwiGLU(), narrow))
+        self.img_mlp = gated_mlp(hidden_size, mlp_hidden_dim)  # type: ignore[assignment]
+        self.txt_mlp = gated_mlp(hidden_size, mlp_hidden_dim)  # type: ignore[assignment]
 
     def forward(  # type: ignore[override]
         self,

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from fluxlab.config import EMBEDDING_DIM, ConfigError, FluxConfig, variant
+from fluxlab.config import EMBEDDING_DIM, FLUX2, ConfigError, FluxConfig, described
 from fluxlab.model.blocks import DoubleStreamBlock, LastLayer, SingleStreamBlock
 from fluxlab.model.embeddings import MLPEmbedder, timestep_embedding
 from fluxlab.model.observe import Observed
@@ -152,9 +152,9 @@ def build(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = to
     Raises:
         ConfigError: no such variant, no such field, or sizes that do not fit together.
     """
-    from fluxlab.model.flux2 import FLUX2, Flux2  # made of the same parts as this module
+    from fluxlab.model.flux2 import Flux2  # made of the same parts as this module
 
-    config: Any = FLUX2[name] if name in FLUX2 else variant(name).transformer
+    config: Any = described(name).transformer
     known = [field.name for field in fields(config)]
     if unknown := [field for field in overrides if field not in known]:
         raise ConfigError(f"{unknown[0]} is not a field of {type(config).__name__}; the fields are {', '.join(known)}")

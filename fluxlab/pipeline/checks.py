@@ -49,20 +49,33 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level + 1)
 
 
+_MADE = ("edges", "depth")  # made of image, where control is not given
+_NEEDED = {"hole": ("image", "mask"), "reference": ("image",), "pictures": ("image",), "nothing": ()}
+
+
+def starts_from(kind: str, given: Mapping[str, object]) -> bool:
+    """Whether ``image`` is what the loop starts from; else it is shown."""
+    shown = kind in _NEEDED.keys() - {"nothing"} or (kind in _MADE and given["control"] is None)
+    return given["image"] is not None and not shown
+
+
 def check_shown(who: str, kind: str, given: Mapping[str, object]) -> None:
     """
     Raises:
         ValueError: a picture that this model is shown is missing, or it has no use for one that is given.
     """
-    needed = {"hole": ("image", "mask"), "control": ("control",), "reference": ("image",), "nothing": ()}[kind]
-    starts = given["image"] is not None and kind in ("nothing", "control")
-    used = (*needed, "image", *(["mask"] if starts else []))
+    made = kind in _MADE and given["image"] is not None
+    needed = _NEEDED.get(kind, () if made else ("control",))
+    used = (*needed, "image", *(["control"] if made else []), *(["mask"] if starts_from(kind, given) else []))
     for name, picture in given.items():
         if picture is None and name in needed:
-            raise ValueError(f"{name} is missing: {who} is shown {' and '.join(needed)} beside the noise")
+            instead = ", or image to make it from" if kind in _MADE else ""
+            raise ValueError(f"{name} is missing: {who} is shown {' and '.join(needed)} beside the noise{instead}")
         if picture is not None and name not in used:
-            alone = " without image" if name == "mask" else ""
+            alone = " without image" if name == "mask" and given["image"] is None else ""
             raise ValueError(f"{name} is given, and {who} has no use for it{alone}; leave it out")
+    if kind != "pictures" and isinstance(given["image"], (list, tuple)):
+        raise ValueError(f"image is a {type(given['image']).__name__}; {who} takes one picture")
 
 
 def as_batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:
@@ -92,9 +105,9 @@ def check_guidance(guidance: float | None, true_cfg: float, negative_prompt: str
         raise ValueError(f"negative_prompt is {negative_prompt!r}; give one string, which serves every picture")
 
 
-def first_step(num_steps: int, image: Image.Image | None, strength: float | None) -> tuple[int, float | None]:
+def first_step(num_steps: int, image: Image.Image | None, strength: Any) -> tuple[int, float | None]:
     """The step that a loop from ``image`` begins with, as diffusers counts it, and the strength by default."""
-    if strength is not None and not (isinstance(strength, Real) and 0 < strength <= 1):
+    if strength is not None and not (isinstance(strength, Real) and 0 < float(strength) <= 1):
         raise ValueError(f"strength is {strength!r}; it must be above 0 and at most 1, where nothing of image is left")
     if image is None and strength is not None:
         raise ValueError(f"strength is {strength}, but there is no image to start from; give image, or leave it out")
@@ -108,3 +121,16 @@ def first_step(num_steps: int, image: Image.Image | None, strength: float | None
         )
         raise ValueError(f"{said}; give more steps, a smaller strength, or 1 if that is meant")
     return start, strength
+
+
+def as_weights(strength: float | Sequence[float] | None, number: int) -> list[float]:
+    """Redux's weight of each picture.
+
+    Raises:
+        ValueError: one is no finite number, or there are not as many as pictures.
+    """
+    weights = as_list("strength", 1.0 if strength is None else strength)
+    weights = weights * number if len(weights) == 1 else weights
+    if len(weights) != number or not all(isinstance(each, Real) and isfinite(each) for each in weights):
+        raise ValueError(f"strength is {strength!r}; give one finite number, or one for each of {number} pictures")
+    return [float(each) for each in weights]

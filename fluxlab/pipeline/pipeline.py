@@ -16,10 +16,12 @@ from torch import Tensor
 from fluxlab.config import Variant, variant, whole
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
-from fluxlab.pipeline.checks import as_batch, as_list, check_guidance, check_shown, first_step
+from fluxlab.pipeline.checks import as_batch, as_list, as_weights, check_guidance, check_shown, first_step, starts_from
+from fluxlab.pipeline.control import depth, edges
 from fluxlab.pipeline.inputs import FluxInputs, first_inputs
 from fluxlab.pipeline.latents import PIXELS, grid, noise, pack, unpack
 from fluxlab.pipeline.pictures import Picture, as_pictures, as_pixels, as_seen, made_by
+from fluxlab.pipeline.redux import Redux
 from fluxlab.pipeline.sampling import Step, denoise
 from fluxlab.pipeline.schedule import schedule
 from fluxlab.pipeline.shown import Shown, as_mask, preferred_size
@@ -43,6 +45,7 @@ class Pipeline:
     device: torch.device | str = "cpu"  # of what the parts are given: their weights may be offloaded or quantized
     dtype: torch.dtype = torch.float32  # likewise
     lora: Lora | None = None  # that it was loaded with
+    redux: Redux | None = None  # tells it pictures as text
 
     @torch.no_grad()
     def __call__(
@@ -56,10 +59,10 @@ class Pipeline:
         width: int | None = None,
         negative_prompt: str | None = None,
         true_cfg: float = 1.0,
-        image: Image.Image | None = None,
+        image: Image.Image | Sequence[Image.Image] | None = None,
         mask: Image.Image | None = None,
         control: Image.Image | None = None,
-        strength: float | None = None,
+        strength: float | Sequence[float] | None = None,
         tiled: bool = False,
         callback: Callable[[Step], None] | None = None,
         return_steps: bool = False,
@@ -77,13 +80,15 @@ class Pipeline:
             negative_prompt: what ``true_cfg`` leads away from; by default the empty prompt.
             true_cfg: above 1, classifier-free guidance with a second forward a step, beside the distilled guidance.
             image: a picture to start from instead of noise alone; for Fill the one with the hole, for Kontext the one
-                to change. It is turned as its EXIF data say, laid on white where it is transparent, and stretched to
-                height and width, with a warning above 5 %; for Kontext, to the size it knows that is nearest.
+                to change, for Redux one or several to vary; for Canny and Depth without ``control``, the one whose
+                edges or depth are followed. It is turned as its EXIF data say, laid on white where it is transparent,
+                and stretched to height and width, with a warning above 5 %; for Kontext, to the nearest size it knows.
             mask: white where there is to be painted, for Fill; for others, with ``image``, all else is put back from it
                 at each step.
             control: for Canny and Depth, the picture of edges or of depth, stretched as ``image`` is.
             strength: in (0, 1], how much of ``image`` becomes noise, 0.7 by default; 1 leaves nothing of it. It is
-                counted in whole steps: the first ``int(num_steps - num_steps * strength)`` are left out.
+                counted in whole steps: the first ``int(num_steps - num_steps * strength)`` are left out. For Redux,
+                the weight of each picture, by default 1; their sum weighs the prompt.
             tiled: whether pictures larger than a tile go through the VAE in tiles: less memory, other colours.
             callback: called with every ``Step``.
             return_steps: whether to return ``(pictures, steps)``.
@@ -99,17 +104,22 @@ class Pipeline:
                 model gives is not finite, as where float16 overflows.
         """
         prompts, seeds = as_batch(prompt, seed)
-        check_shown(self.variant.name, self._kind, {"image": image, "mask": mask, "control": control})
-        image = None if image is None else as_seen(image)
-        height, width = self._size(height, width, control or image)
+        given = {"image": image, "mask": mask, "control": control}
+        check_shown(self.variant.name, self._kind, given)
+        images = [] if image is None else [as_seen(each) for each in as_list("image", image)]
+        begun = images[0] if starts_from(self._kind, given) else None  # else it is shown
+        height, width = self._size(height, width, control or (None if self.redux else next(iter(images), None)))
         num_steps = self.variant.num_steps if num_steps is None else whole("num_steps", num_steps)
-        begun = image if self._kind in ("nothing", "control") else None  # else it is shown
-        start, strength = first_step(num_steps, begun, strength)
+        weights = as_weights(strength, len(images)) if self.redux else None
+        start, strength = first_step(num_steps, begun, None if weights else strength)
         check_guidance(guidance, true_cfg, negative_prompt)
         rows, columns = grid(height, width)
         times = schedule(num_steps, rows * columns, shift=self.variant.time_shift)
         pixels = None if begun is None else as_pixels(begun, height, width)
-        shown = self._shown(image, mask, control, height, width, tiled)
+        if begun is None and control is None and self._kind in ("edges", "depth"):
+            seen = images[0].resize((width, height), Image.Resampling.LANCZOS)
+            control = edges(seen) if self._kind == "edges" else depth(seen)
+        shown = self._shown(images, mask, control, weights, height, width, tiled)
         inputs = self.prepare(prompts, seeds, height, width, guidance)
         away = [negative_prompt or ""] * len(prompts)
         negative = None if true_cfg == 1 else self.prepare(away, seeds, height, width, guidance)
@@ -131,7 +141,7 @@ class Pipeline:
         pictures = self.decode(tokens, height, width, tiled)
         used: dict[str, Any] = {"steps": num_steps, "guidance": self._guidance(guidance), "true_cfg": true_cfg}
         size = {"size": f"{width}x{height}", "variant": self.variant.name}
-        used |= {"negative_prompt": negative_prompt, "strength": strength} | size
+        used |= {"negative_prompt": negative_prompt, "strength": weights or strength} | size
         for picture, text, number in zip(pictures, prompts, seeds, strict=True):
             picture.info.update(made_by({"prompt": text, "seed": number} | used))
         single = isinstance(prompt, str) and np.ndim(seed) == 0 and len(pictures) == 1
@@ -139,21 +149,31 @@ class Pipeline:
         return (result, steps) if return_steps else result
 
     def _shown(
-        self, image: Image.Image | None, mask: Image.Image | None, control: Image.Image | None, *size: Any
+        self,
+        images: list[Image.Image],
+        mask: Image.Image | None,
+        control: Image.Image | None,
+        weights: list[float] | None,
+        *size: Any,
     ) -> Shown:
         height, width, tiled = size
+        if self.redux is not None and weights is not None:
+            return Shown.pictures(self.redux(images, self.device, self.dtype), weights)
         if control is not None:
             return Shown.control(self._latent(as_pixels(as_seen(control), height, width), tiled))
-        if image is None or self._kind in ("nothing", "control"):
-            return Shown()
-        if mask is None:
-            return Shown.reference(self._latent(as_pixels(image, *preferred_size(image, self.variant.size)), tiled))
-        hole = as_mask(mask, height, width)
-        return Shown.hole(self._latent(as_pixels(image, height, width) * (1 - hole), tiled), hole)
+        if self._kind == "reference":
+            nearest = preferred_size(images[0], self.variant.size)
+            return Shown.reference(self._latent(as_pixels(images[0], *nearest), tiled))
+        if self._kind == "hole" and mask is not None:
+            hole = as_mask(mask, height, width)
+            return Shown.hole(self._latent(as_pixels(images[0], height, width) * (1 - hole), tiled), hole)
+        return Shown()
 
     @property
     def _kind(self) -> str:
-        """What the model is shown; a LoRA may make it one that is shown edges or depth."""
+        """What the model is shown; a LoRA may make it one that is shown edges or depth, Redux one of pictures."""
+        if self.redux is not None:
+            return "pictures"
         wider = self.model.config.in_channels > self.variant.transformer.in_channels
         return "control" if wider and self.variant.shown == "nothing" else self.variant.shown
 
@@ -206,7 +226,8 @@ class Pipeline:
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        parts: tuple[torch.nn.Module, ...] = (self.model, self.autoencoder, self.text.t5, self.text.clip)
+        parts: list[torch.nn.Module] = [self.model, self.autoencoder, self.text.t5, self.text.clip]
+        parts += [] if self.redux is None else [self.redux]
         if str(self.device) != "meta" and any(p.is_meta for part in parts for p in part.parameters()):
             raise ValueError("with low_memory, weights come from their files as they run; load with that device, dtype")
         for part in parts:
@@ -250,6 +271,7 @@ def load(
     dtype: torch.dtype | None = None,
     *,
     lora: Mapping[Any, float] | None = None,
+    redux: str | Path | None = None,
     low_memory: bool | None = None,
     **files: str | Path | None,
 ) -> Pipeline:
@@ -262,6 +284,7 @@ def load(
         device: where the model runs.
         dtype: of the weights and of the arithmetic. Quantized files are widened to it.
         lora: LoRA files, each with its strength; they are kept apart, and the pipeline's ``lora`` takes them off.
+        redux: the folder of FLUX.1-Redux-dev: then ``image=`` is one picture to vary, or several.
         low_memory: whether each layer's weights are read, widened and moved when it runs, and left when it has run, so
             that a model larger than the memory runs; by default, if they would not fit.
         **files: ``transformer``, ``autoencoder``, ``t5``, ``clip``: loose files (or folders), each in place of the
@@ -279,6 +302,8 @@ def load(
         raise ValueError(f"device is {str(device)!r}, which cannot be used here ({error})") from error
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype is {dtype!r}; give a floating dtype of torch, such as torch.bfloat16")
+    if redux is not None and chosen.shown != "nothing":
+        raise ValueError(f"redux is given, and image= of {name} means something else; give it to dev, Krea or schnell")
     found = find_files(chosen, source, **files)
     dtype = dtype or (torch.float32 if chosen.embedded else torch.bfloat16)
     with torch.device("meta"):
@@ -294,4 +319,5 @@ def load(
     text = TextEncoders(t5, words[0], chosen.t5_length, clip, words[1], chosen.clip_length, device)
     pipe = Pipeline(chosen, model, autoencoder, text, device, dtype)
     pipe.lora = pipe.add_lora(lora) if lora else None
+    pipe.redux = Redux.load(redux, device, dtype, chosen.transformer.context_in_dim) if redux else None
     return pipe

@@ -79,7 +79,7 @@ def denoise(
         moved = {"img": img.to(dtype), "timesteps": timesteps}
         velocity = model(**shown.beside(replace(inputs, **moved)).kwargs())[:, : img.shape[1]]
         if negative is not None and true_cfg != 1:
-            away = model(**shown.beside(replace(negative, **moved)).kwargs())[:, : img.shape[1]]
+            away = model(**shown.away().beside(replace(negative, **moved)).kwargs())[:, : img.shape[1]]
             velocity = away + true_cfg * (velocity - away)
         if velocity.shape != img.shape:
             raise ValueError(f"the model predicts {tuple(velocity.shape)}, and img to move is {tuple(img.shape)}")

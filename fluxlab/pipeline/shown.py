@@ -1,9 +1,11 @@
-"""What a model of the family is shown beside noise and text: a hole to fill, edges or depth, or another picture.
+"""What a model of the family is shown beside noise and text: a hole to fill, edges or depth, or other pictures.
 
-It adds to each token's channels, to the tokens or to what a step gives: nothing inside the transformer changes.
+It adds to each token's channels, to the tokens, to the text or to what a step gives: nothing inside the transformer
+changes.
 Opened in chapter 18.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,12 +15,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fluxlab.pipeline.inputs import FluxInputs
-from fluxlab.pipeline.latents import COMPRESSION, PIXELS, ids_device, image_ids, pack
+from fluxlab.pipeline.latents import COMPRESSION, PIXELS, ids_device, image_ids, pack, text_ids
 
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """Prepared once and given to every forward: more channels for each token of the noise, or more tokens after them.
+    """Prepared once and given to every forward: more channels for each token of the noise, more tokens after them, or
+    more text.
 
     One picture serves a whole batch.
     """
@@ -26,6 +29,8 @@ class Shown:
     channels: Float[Tensor, "one image_tokens more"] | None = None
     tokens: Float[Tensor, "one more_tokens patch"] | None = None
     ids: Num[Tensor, "one more_tokens 3"] | None = None  # the places of these tokens
+    text: Float[Tensor, "one more_text context_dim"] | None = None
+    weight: float = 1.0  # of the prompt's own text and vector, beside that
     kept: Float[Tensor, "one image_tokens patch"] | None = None  # of a picture, to be kept where painted is 0
     painted: Float[Tensor, "one image_tokens patch"] | None = None
     noise: Float[Tensor, "batch image_tokens patch"] | None = None  # that the loop began with
@@ -48,12 +53,24 @@ class Shown:
     def reference(cls, latent: Tensor) -> "Shown":
         """For Kontext: the latent of the picture to change, whose places have 1 on the axis that is else 0."""
         height, width = (side * COMPRESSION for side in latent.shape[-2:])
-        return cls(tokens=pack(latent), ids=image_ids(1, height, width, index=1, device=ids_device(latent.device)))
+        return cls(
+            tokens=pack(latent), ids=image_ids(len(latent), height, width, index=1, device=ids_device(latent.device))
+        )
+
+    @classmethod
+    def pictures(cls, tokens: Float[Tensor, "pictures patches context_dim"], weights: Sequence[float]) -> "Shown":
+        """For Redux: its tokens for each picture, summed with their weights; the prompt has the sum of the weights."""
+        each = torch.tensor(weights, dtype=tokens.dtype, device=tokens.device)[:, None, None]
+        return cls(text=(each * tokens).sum(0, keepdim=True), weight=float(sum(weights)))
 
     def around(self, latent: Tensor, mask: Float[Tensor, "one 1 height width"], noise: Tensor) -> "Shown":
         """The same, and outside of the mask the picture itself, put back at every step: holes without Fill."""
         cells = mask[..., ::COMPRESSION, ::COMPRESSION].expand_as(latent)
         return replace(self, kept=pack(latent), painted=pack(cells), noise=noise)
+
+    def away(self) -> "Shown":
+        """The same for a forward that is led away from: without what is told as text."""
+        return replace(self, text=None, weight=1.0)
 
     def mixed(self, img: Tensor, t: float) -> Tensor:
         """The tokens after a step to time ``t``, outside of the mask those of the picture with as much noise."""
@@ -70,6 +87,10 @@ class Shown:
         """
         img, ids = inputs.img, inputs.img_ids
         batch = len(img)
+        if self.text is not None:
+            txt = torch.cat((self.weight * inputs.txt, self.text.to(inputs.txt).expand(batch, -1, -1)), dim=1)
+            places = text_ids(*txt.shape[:2]).to(inputs.txt_ids)
+            inputs = replace(inputs, txt=txt, txt_ids=places, y=self.weight * inputs.y)
         if self.channels is not None:
             if self.channels.shape[1] != img.shape[1]:
                 said = f"shown has channels for {self.channels.shape[1]} tokens, and img has {img.shape[1]}"

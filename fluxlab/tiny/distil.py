@@ -1,5 +1,7 @@
 """From the teacher to flux-tiny-dev and flux-tiny-schnell. Opened in chapter 16."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -8,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from fluxlab.config import Variant
 from fluxlab.files import read_tensors, write_tensors
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.embeddings import timestep_embedding
 from fluxlab.model.transformer import Flux
+from fluxlab.pipeline.inputs import FluxInputs
 from fluxlab.pipeline.latents import PIXELS, noise, text_ids, unpack
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.pipeline.sampling import denoise
@@ -20,40 +24,54 @@ from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.loop import fit
 from fluxlab.tiny.pictures import Pictures, missing
 from fluxlab.tiny.recipe import DEV, SCHNELL, Recipe
-from fluxlab.tiny.train_flow import compiled, flow_inputs, noisy, sample_grid
+from fluxlab.tiny.train_flow import compiled, flow_inputs, noisy, predicted, sample_grid
 
 
-def distil_guidance(run: Path, recipe: Recipe, autoencoder: AutoEncoder, teacher: Flux, text: TextEncoders) -> Flux:
-    """flux-tiny-dev: told a guidance g in 1..8, predict ``u + g (c - u)`` of the teacher in one forward.
+def distil_guidance(
+    run: Path,
+    recipe: Recipe,
+    autoencoder: AutoEncoder,
+    teacher: Flux,
+    text: TextEncoders,
+    stage: str = "guidance",
+    member: Variant = DEV,
+    pictures: Pictures | None = None,
+    steps: int | None = None,
+    grid: Callable[..., None] = sample_grid,
+) -> Flux:
+    """Told a guidance g in 1..8, predict ``u + g (c - u)`` of the teacher in one forward: flux-tiny-dev.
+
+    Where ``pictures`` says that the prompt does not decide, the picture's own velocity is what is learned.
 
     Source: "On Distillation of Guided Diffusion Models", Meng et al. 2022.
     """
     torch.manual_seed(recipe.seed)
-    student = Flux(DEV.transformer)
+    student = Flux(member.transformer)
+    pictures = pictures or Pictures(run, recipe)
     student.load_state_dict(teacher.state_dict(), strict=False)
     assert student.guidance_in is not None
     for parameter in student.guidance_in.out_layer.parameters():  # at first, guidance changes nothing
         nn.init.zeros_(parameter)
-    pictures = Pictures(run, recipe)
     empty = text([""])
     forward, taught = compiled(recipe, student), compiled(recipe, teacher)
 
     def loss(generator: torch.Generator) -> Tensor:
         chosen, ids = pictures.batch(generator)
         clean, tokens = chosen["latents"], (chosen["t5_ids"], chosen["clip_ids"])
-        img, t, _ = noisy(clean, generator, recipe.time_mean, recipe.time_spread)
+        img, t, velocity = noisy(clean, generator, recipe.time_mean, recipe.time_spread)
         guidance = 1 + 7 * torch.rand(len(clean), generator=generator)
         with torch.no_grad():
             txt, y = text.encode(*tokens)
-            places = text_ids(*txt.shape[:2])
-            with_prompt = taught(img, ids, txt, places, t, y).float()
+            inputs = pictures.shown(chosen).beside(FluxInputs(img, ids, txt, text_ids(*txt.shape[:2]), t, y))
+            with_prompt = predicted(taught, inputs, img).float()
             no_txt, no_y = (e.expand_as(x).contiguous() for e, x in zip(empty, (txt, y), strict=True))
-            without = taught(img, ids, no_txt, places, t, no_y)
+            without = predicted(taught, replace(inputs, txt=no_txt, y=no_y), img)
             target = without + guidance[:, None, None] * (with_prompt - without.float())
-        return F.mse_loss(forward(img, ids, txt, places, t, y, guidance).float(), target)
+            target = torch.where(pictures.changed(chosen), target, velocity)
+        return F.mse_loss(predicted(forward, replace(inputs, guidance=guidance), img).float(), target)
 
-    preview = partial(sample_grid, Pipeline(DEV, student, autoencoder, text), recipe.previewed)
-    fit("guidance", student, loss, recipe.guidance_steps, recipe.learning_rate / 3, run, recipe, preview)
+    preview = partial(grid, Pipeline(member, student, autoencoder, text), recipe.previewed)
+    fit(stage, student, loss, steps or recipe.guidance_steps, recipe.learning_rate / 3, run, recipe, preview)
     return student
 
 

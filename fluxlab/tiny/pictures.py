@@ -17,6 +17,7 @@ from tqdm.auto import trange
 from fluxlab.files import read_tensors, write_tensors
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.pipeline.latents import PIXELS, image_ids, pack
+from fluxlab.pipeline.shown import Shown
 from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.recipe import DEV, Recipe
 from fluxlab.tiny.truth import of_tokens
@@ -51,16 +52,16 @@ def encode_pictures(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: T
     """Draw the training pictures of each size; keep their latents, their captions, and what each token shows."""
     for path, height, width, number in missing(run, "latents", recipe.pictures):
         drawn = draw(number, height, width, (recipe.seed + 3, height, width))
-        latents, captions, shown = [], [], []
+        latents, captions, truth = [], [], []
         for _ in trange(0, number, 32, desc=path.stem, unit="batch", mininterval=10):
             batch = list(islice(drawn, 32))
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 # four at a time: their feature maps fit the processor's cache
                 latents += [autoencoder.encode(few).half() for few in to_float(pixels_of(batch)).split(4)]
             captions += [picture.caption for picture in batch]
-            shown += [of_tokens(picture).byte() for picture in batch]
+            truth += [of_tokens(picture).byte() for picture in batch]
         t5_ids, clip_ids = (ids.short() for ids in text.tokenize(captions))
-        tensors = {"latents": torch.cat(latents), "shown": torch.stack(shown), "t5_ids": t5_ids, "clip_ids": clip_ids}
+        tensors = {"latents": torch.cat(latents), "truth": torch.stack(truth), "t5_ids": t5_ids, "clip_ids": clip_ids}
         write_tensors(tensors, path)
 
 
@@ -75,18 +76,28 @@ def missing(run: Path, kind: str, usual: int) -> Iterator[tuple[Path, int, int, 
 class Pictures:
     """Batches of latents with their captions' tokens, every batch of one size, from all files of a kind in ``run``."""
 
-    def __init__(self, run: Path, recipe: Recipe, kind: str = "latents") -> None:
-        self.recipe = recipe
-        self.sets = [read_tensors(run / f"{kind}-{height}x{width}.safetensors") for height, width in PICTURE_SIZES]
-        share = (1 - recipe.usual_share) / (len(PICTURE_SIZES) - 1)
-        self.shares = torch.tensor([recipe.usual_share if size == USUAL else share for size in PICTURE_SIZES])
+    def __init__(
+        self, run: Path, recipe: Recipe, kind: str = "latents", sizes: Sequence[tuple[int, int]] = PICTURE_SIZES
+    ) -> None:
+        self.recipe, self.sizes = recipe, sizes
+        self.sets = [read_tensors(run / f"{kind}-{height}x{width}.safetensors") for height, width in sizes]
+        share = (1 - recipe.usual_share) / max(1, len(sizes) - 1)
+        self.shares = torch.tensor([recipe.usual_share if size == USUAL else share for size in sizes])
 
     def batch(self, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
         """Rows drawn from one of the sets, latents and noise packed; and the ids of their image tokens."""
         which = int(torch.multinomial(self.shares, 1, generator=generator))
-        (height, width), tensors = PICTURE_SIZES[which], self.sets[which]
+        (height, width), tensors = self.sizes[which], self.sets[which]
         number = self.recipe.image_tokens // (height * width // PIXELS**2)
         rows = torch.randint(len(tensors["latents"]), (number,), generator=generator)
         chosen = {name: tensor[rows] for name, tensor in tensors.items()}
         packed = {name: pack(t.float()) if t.ndim == 4 else t.int() for name, t in chosen.items()}
         return packed, image_ids(number, height, width)
+
+    def shown(self, chosen: dict[str, Tensor]) -> Shown:
+        """What a model is shown beside the noise of a batch: here nothing."""
+        return Shown()
+
+    def changed(self, chosen: dict[str, Tensor]) -> Tensor:
+        """The tokens in which the prompt decides, so that guidance acts: here all."""
+        return torch.ones((), dtype=torch.bool)

@@ -18,6 +18,7 @@ on the seed, the stage and the step alone.
 
 import json
 import zlib
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.distil import distil_guidance, distil_steps
+from fluxlab.tiny.family import MEMBERS
 from fluxlab.tiny.measure import measure_all
 from fluxlab.tiny.pictures import USUAL, encode_pictures
 from fluxlab.tiny.recipe import DEV, SCHNELL, Recipe
@@ -39,6 +41,7 @@ from fluxlab.tiny.train_autoencoder import train_autoencoder
 from fluxlab.tiny.train_flow import train_flow
 from fluxlab.tiny.train_text import train_text, train_tokenizers
 from fluxlab.weights.convert import factors
+from fluxlab.weights.find import data_folder
 from fluxlab.weights.load import autoencoder_config, load_weights
 
 TEACHER = "training/teacher.safetensors"
@@ -114,34 +117,87 @@ def _same_recipe(path: Path, given: dict[str, Any]) -> None:
     write_text(json.dumps(given, indent=2) + "\n", path)
 
 
+def train_member(
+    member: str, run: Path, recipe: Recipe | None = None, output: Path | None = None, earlier: Path | None = None
+) -> None:
+    """Train a relative of flux-tiny, ``fill`` or ``kontext``, on from its teacher; and measure it.
+
+    Args:
+        member: which one.
+        run: keeps the state of every stage.
+        recipe: how long each stage is, and with what settings.
+        output: where its weights and its record are written, if anywhere.
+        earlier: folder of the flux-tiny to go on from; by default the one in data/.
+
+    Raises:
+        ValueError: no such member; and as ``train`` does.
+    """
+    if member not in MEMBERS:
+        raise ValueError(f"member is {member!r}; there are {' and '.join(MEMBERS)}")
+    with importing():
+        import scipy  # noqa: F401
+    chosen, train_it, measure_it = MEMBERS[member]
+    run, earlier = run.expanduser(), (earlier or data_folder() / "flux-tiny").expanduser()
+    recipe, began = recipe or Recipe(), _fingerprint(earlier)
+    run.mkdir(parents=True, exist_ok=True)
+    _same_recipe(run / "recipe.json", asdict(recipe) | {"earlier": began, "member": member})
+    autoencoder, known = go_on_from(earlier)
+    model, text = train_it(run, recipe, autoencoder, known, earlier / TEACHER)
+    if output is not None:
+        output = output.expanduser()
+        pipe = Pipeline(chosen, model, autoencoder, text)
+        _write_rounded(model, output / Path(chosen.transformer_file).name)
+        if text is not known:
+            _write_encoders(text, output / member)
+        _write_record(run, output / "training", (member, f"{member}-guidance"), rows=4, prefix=f"{member}-")
+        if not (measures := run / "measures.json").exists():
+            write_text(json.dumps(measure_it(pipe, recipe.judged), indent=1) + "\n", measures)
+        (output / f"training/{member}-measures.json").write_bytes(measures.read_bytes())
+
+
 def publish(run: Path, output: Path, pipes: list[Pipeline], teacher: Flux) -> None:
     """Write flux-tiny as the library loads it: official names, bfloat16, text encoders in the Hugging Face format.
 
     The modules given are rounded too, so that what is measured is what is written. Beside them: the teacher, which has
     flux-tiny-schnell's sizes and needs CFG, the recipe, the losses, and the sample grids of a few steps of each stage.
     """
-    (output / "training").mkdir(parents=True, exist_ok=True)
-    autoencoder, text = pipes[0].autoencoder, pipes[0].text
+    autoencoder = pipes[0].autoencoder
     files: dict[str, Any] = {pipe.variant.transformer_file: pipe.model for pipe in pipes}
     for name, module in (files | {TEACHER: teacher, DEV.autoencoder_file: autoencoder}).items():
         metadata = factors(autoencoder.config) if module is autoencoder else None
-        write_tensors(module.to(torch.bfloat16).state_dict(), output / name.removeprefix("flux-tiny/"), metadata)
-        module.to(torch.float32)
+        _write_rounded(module, output / name.removeprefix("flux-tiny/"), metadata)
+    _write_encoders(pipes[0].text, output)
+    _write_record(run, output / "training", ("flow", "guidance", "steps"), rows=1)
+    _write_record(run, output / "training", ("autoencoder",), rows=2)  # truth and reconstruction
+
+
+def _write_rounded(module: torch.nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(module.to(torch.bfloat16).state_dict(), path, metadata)
+    module.to(torch.float32)
+
+
+def _write_encoders(text: TextEncoders, folder: Path) -> None:
     parts: dict[str, list[Any]] = {"t5": [text.t5, text.t5_tokenizer], "clip": [text.clip, text.clip_tokenizer]}
     for name, (encoder, tokenizer) in parts.items():
-        (output / name).mkdir(exist_ok=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)
         for file in Path(tokenizer.name_or_path).iterdir():
-            (output / name / file.name).write_bytes(file.read_bytes())
-        encoder.to(torch.bfloat16).save_pretrained(output / name)
+            (folder / name / file.name).write_bytes(file.read_bytes())
+        encoder.to(torch.bfloat16).save_pretrained(folder / name)
         encoder.to(torch.float32)
-    for file in (run / "recipe.json", *sorted(run.glob("*.jsonl"))):
-        (output / "training" / file.name).write_bytes(file.read_bytes())
-    for stage in ("autoencoder", "flow", "guidance", "steps"):
-        for grid in _a_few(sorted(run.glob(f"{stage}-*.png"))):
+
+
+def _write_record(run: Path, folder: Path, stages: Iterable[str], rows: int, prefix: str = "") -> None:
+    """The recipe, the losses, and the first rows of a few sample grids of each stage."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{prefix}recipe.json").write_bytes((run / "recipe.json").read_bytes())
+    for file in run.glob("*.jsonl"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    for stage in stages:
+        for grid in _a_few(sorted(run.glob(f"{stage}-[0-9]*.png"))):
             with Image.open(grid) as picture:
-                rows = 2 if stage == "autoencoder" else 1  # truth and reconstruction; of samples, the first row
                 top = picture.crop((0, 0, picture.width, rows * USUAL[0])).quantize(128)
-                top.save(output / "training" / grid.name, optimize=True)
+                top.save(folder / grid.name, optimize=True)
 
 
 def _a_few(grids: list[Path], most: int = 6) -> list[Path]:

@@ -1,7 +1,7 @@
 """The flow: from noise to pictures, with the text encoders. Opened in chapter 16."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,15 @@ def noisy(clean: Tensor, generator: torch.Generator, mean: float, spread: float)
     return torch.lerp(clean, unit, t[:, None, None]), t, unit - clean
 
 
+def dropped(
+    tokens: Sequence[Tensor], empty: Sequence[Tensor], recipe: Recipe, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """The tokens of T5 and CLIP, some captions' empty, so that CFG works; CLIP's alone more often."""
+    chance = torch.rand(len(tokens[0]), 1, generator=generator)
+    limits = (recipe.caption_dropout, recipe.caption_dropout + recipe.vector_dropout)
+    return (torch.where(chance < limit, e, t) for limit, e, t in zip(limits, empty, tokens, strict=True))
+
+
 def train_flow(
     run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEncoders, teacher: Path | None = None
 ) -> Flux:
@@ -65,12 +74,32 @@ def train_flow(
     model = initialise(Flux(SCHNELL.transformer))
     if teacher is not None:
         load_weights(model, teacher, dtype=torch.float32)
-    for learner in (model, text.t5, text.clip):
-        learner.requires_grad_()
-    pictures = Pictures(run, recipe)
+    painter = Pipeline(replace(SCHNELL, num_steps=20, time_shift=True), model, autoencoder, text)
+    preview = partial(sample_grid, painter, recipe.previewed, true_cfg=3.0)
+    learners = (model, text.t5, text.clip)
+    return learn_flow(run, recipe, "flow", learners, text, Pictures(run, recipe), recipe.flow_steps, preview)
+
+
+def learn_flow(
+    run: Path,
+    recipe: Recipe,
+    stage: str,
+    learners: tuple[nn.Module, ...],
+    text: TextEncoders,
+    pictures: Pictures,
+    steps: int,
+    preview: Callable[[Path], None],
+    learning_rate: float | None = None,
+) -> Flux:
+    """The stage itself, of the first learner, a transformer, and those that learn with it.
+
+    A reader learns along where ``pictures`` hold what each token shows.
+    """
+    model: Any = learners[0]
     empty = [ids.int() for ids in text.tokenize([""])]
     width, depth = model.config.hidden_size, model.config.depth_single_blocks
-    reader = nn.Sequential(layer_norm(width), nn.Linear(width, NUMBER))
+    reads = "truth" in pictures.sets[0]
+    reader = nn.Sequential(layer_norm(width), nn.Linear(width, NUMBER)) if reads else nn.Identity()
     halfway: list[Tensor] = []
     hook = model.single_blocks[depth // 2 - 1].register_forward_hook(lambda block, given, x: halfway.append(x))
     forward = compiled(recipe, model)
@@ -78,21 +107,27 @@ def train_flow(
     def loss(generator: torch.Generator) -> Tensor:
         chosen, ids = pictures.batch(generator)
         clean, tokens = chosen["latents"], (chosen["t5_ids"], chosen["clip_ids"])
-        chance = torch.rand(len(clean), 1, generator=generator)
-        dropped = (chance < recipe.caption_dropout, chance < recipe.caption_dropout + recipe.vector_dropout)
-        txt, y = text.encode(*(torch.where(d, e, t) for d, e, t in zip(dropped, empty, tokens, strict=True)))
+        txt, y = text.encode(*dropped(tokens, empty, recipe, generator))
         img, t, velocity = noisy(clean, generator, recipe.time_mean, recipe.time_spread)
         halfway.clear()
-        error = F.mse_loss(forward(img, ids, txt, text_ids(*txt.shape[:2]), t, y).float(), velocity)
-        told = reader(halfway[0][:, txt.shape[1] :])
-        return error + recipe.reading * answer_loss(told, chosen["shown"])
+        inputs = pictures.shown(chosen).beside(FluxInputs(img, ids, txt, text_ids(*txt.shape[:2]), t, y))
+        error = F.mse_loss(predicted(forward, inputs, img).float(), velocity)
+        if not reads:
+            return error
+        told = reader(halfway[0][:, txt.shape[1] :][:, : img.shape[1]])
+        return error + recipe.reading * answer_loss(told, chosen["truth"])
 
-    painter = Pipeline(replace(SCHNELL, num_steps=20, time_shift=True), model, autoencoder, text)
-    preview = partial(sample_grid, painter, recipe.previewed, true_cfg=3.0)
-    learners = nn.ModuleList((model, text.t5, text.clip, reader))
-    fit("flow", learners, loss, recipe.flow_steps, recipe.learning_rate, run, recipe, preview)
+    for learner in learners:
+        learner.requires_grad_()
+    rate = learning_rate or recipe.learning_rate
+    fit(stage, nn.ModuleList((*learners, reader)), loss, steps, rate, run, recipe, preview)
     hook.remove()
     return model
+
+
+def predicted(forward: Callable[..., Tensor], inputs: FluxInputs, noise: Tensor) -> Tensor:
+    """The velocity of the noise alone, whatever is shown beside it."""
+    return forward(*inputs.kwargs().values())[:, : noise.shape[1]]
 
 
 def compiled(recipe: Recipe, module: Flux) -> Callable[..., Tensor]:

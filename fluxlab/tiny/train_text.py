@@ -31,10 +31,10 @@ T5_VOCABULARY = 256  # pieces: the captions' few words, and every printable ASCI
 CLIP_MERGES = 160
 
 
-def train_tokenizers(folder: Path, seed: int = 0, captions: int = 8_000) -> None:
-    """Write ``folder/t5`` and ``folder/clip``."""
+def train_tokenizers(folder: Path, seed: int = 0, captions: int = 8_000, corpus: list[str] | None = None) -> None:
+    """Write ``folder/t5`` and ``folder/clip``, from captions or from a corpus of one's own."""
     rng = np.random.default_rng(seed)
-    corpus = [random_scene(rng).caption(rng, complete=False) for _ in range(captions)]
+    corpus = corpus or [random_scene(rng).caption(rng, complete=False) for _ in range(captions)]
     for name, train in (("t5", _train_t5), ("clip", _train_clip)):
         (folder / name).mkdir(parents=True, exist_ok=True)
         train(corpus, folder / name)
@@ -134,18 +134,18 @@ class Reader(nn.Module):
     tokens do, and from CLIP's vector. It is needed for this training alone.
     """
 
-    def __init__(self, width: int, vec_width: int) -> None:
+    def __init__(self, width: int, vec_width: int, slots: int = len(SLOTS)) -> None:
         super().__init__()
-        self.query = nn.Parameter(torch.randn(len(SLOTS), width))
+        self.query = nn.Parameter(torch.randn(slots, width))
         self.key, self.value, self.out = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, NUMBER)
-        self.from_vector = nn.Linear(vec_width, len(SLOTS) * NUMBER)
+        self.from_vector = nn.Linear(vec_width, slots * NUMBER)
 
     def forward(
         self, txt: Float[Tensor, "batch text_tokens width"], y: Float[Tensor, "batch vec_width"]
     ) -> Float[Tensor, "2 batch slots options"]:
         """Logits of all options, those of each question side by side: T5's, then CLIP's."""
         found = F.scaled_dot_product_attention(self.query.expand(len(txt), -1, -1), self.key(txt), self.value(txt))
-        return torch.stack((self.out(found), rearrange(self.from_vector(y), "b (s o) -> b s o", s=len(SLOTS))))
+        return torch.stack((self.out(found), rearrange(self.from_vector(y), "b (s o) -> b s o", s=len(self.query))))
 
 
 def train_text(run: Path, recipe: Recipe) -> TextEncoders:

@@ -17,18 +17,18 @@ SLOTS = (*PLACES, "background")
 OPTIONS = (("nothing", *COLOURS), ("nothing", *SHAPES), ("nothing", *SIZES), tuple(BACKGROUNDS))  # one row a question
 NUMBER = sum(len(words) for words in OPTIONS)
 _TWO = {"left of": ("left", "right"), "above": ("top", "bottom")}  # where two things stand
-_UNASKED = -100  # the target that cross-entropy skips
+UNASKED = -100  # the target that cross-entropy skips
 _COVERED = 0.2  # share of a token's square that a thing must cover to count as there
 
 
 def of_slots(scenes: list[Scene]) -> Int[Tensor, "batch slots 4"]:
     """The right option for each slot and question: colour, shape and size of what stands there; what is behind."""
     right = np.zeros((len(scenes), len(SLOTS), len(OPTIONS)), np.int64)
-    right[:, :-1, 3] = right[:, -1, :3] = _UNASKED
+    right[:, :-1, 3] = right[:, -1, :3] = UNASKED
     for row, scene in zip(right, scenes, strict=True):
         row[-1, 3] = OPTIONS[3].index(scene.background)
         for place, thing in zip(_TWO.get(scene.where, (scene.where,)), scene.things, strict=True):
-            row[SLOTS.index(place), :3] = _options(thing)
+            row[SLOTS.index(place), :3] = options_of(thing)
     return torch.from_numpy(right)
 
 
@@ -38,11 +38,12 @@ def of_tokens(picture: Picture) -> Int[Tensor, "image_tokens 4"]:
     right = np.zeros((covered.shape[1], len(OPTIONS)), np.int64)
     right[:, 3] = OPTIONS[3].index(picture.scene.background)
     for thing, share in zip(picture.scene.things, covered, strict=True):
-        right[(share > _COVERED) & (share == covered.max(axis=0)), :3] = _options(thing)
+        right[(share > _COVERED) & (share == covered.max(axis=0)), :3] = options_of(thing)
     return torch.from_numpy(right)
 
 
-def _options(thing: Thing) -> list[int]:
+def options_of(thing: Thing) -> list[int]:
+    """The options that name a thing: its colour, shape and size."""
     words = (thing.colour, thing.shape, thing.size)
     return [options.index(word) for options, word in zip(OPTIONS, words, strict=False)]
 

@@ -75,6 +75,11 @@ class Scene:
         """Whether this combination is kept from training: one in ten, by a checksum of its words."""
         return zlib.crc32(self.caption().encode()) % 10 == 0
 
+    def without(self, which: int) -> "Scene":
+        """The scene with one of its two things left out."""
+        where = {"left of": ("left", "right"), "above": ("top", "bottom")}[self.where][1 - which]
+        return Scene((self.things[1 - which],), where, self.background)
+
     def caption(self, rng: Generator | None = None, complete: bool = True) -> str:
         """One phrasing of the scene.
 
@@ -138,15 +143,23 @@ def random_picture(
     return draw_scene(scene, rng, height, width, scene.caption(rng, complete))
 
 
-def draw_scene(scene: Scene, rng: Generator, height: int = 128, width: int = 128, caption: str = "") -> Picture:
-    """Draw a scene: anti-aliased, with jitter in place, size, angle and colour; by default with its plain caption."""
+def draw_scene(
+    scene: Scene, rng: Generator, height: int = 128, width: int = 128, caption: str = "", without: int | None = None
+) -> Picture:
+    """Draw a scene: anti-aliased, with jitter in place, size, angle and colour; by default with its plain caption.
+
+    ``without`` is one of two things to leave out; all else is as it is with it.
+    """
     pixels = np.tile(_jittered(BACKGROUNDS[scene.background], 5, rng), (height, width, 1))
     masks: list[NDArray[np.float64]] = []
-    for thing, (x, y) in zip(scene.things, _centres(scene, rng), strict=True):
+    for i, (thing, (x, y)) in enumerate(zip(scene.things, _centres(scene, rng), strict=True)):
         radius = SIZES[thing.size] * min(height, width) * rng.uniform(0.93, 1.07)
         mask = shape_coverage(thing.shape, (x * width, y * height), radius, rng.uniform(-0.08, 0.08), height, width)
-        pixels = pixels + mask[..., None] * (_jittered(COLOURS[thing.colour], 8, rng) - pixels)
-        masks = [m * (1 - mask) for m in masks] + [mask]
+        colour = _jittered(COLOURS[thing.colour], 8, rng)
+        if i != without:
+            pixels = pixels + mask[..., None] * (colour - pixels)
+            masks = [m * (1 - mask) for m in masks] + [mask]
+    scene = scene if without is None else scene.without(without)
     rounded = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
     return Picture(scene, caption or scene.caption(), rounded, np.stack(masks).astype(np.float32))
 

@@ -6,9 +6,12 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers as to_diffusers
+from torch.utils.flop_counter import FlopCounterMode
 
 import fluxlab as fl
-from fluxlab.model.flux2 import Flux2, Flux2Config
+from fluxlab.config import Flux2Config
+from fluxlab.glossary import named, table_of
+from fluxlab.model.flux2 import Flux2
 from tests.helpers import randomise
 
 SMALL = Flux2Config(12, 40, 64, 2, 2, 3, axes_dim=(8, 8, 8, 8))
@@ -108,3 +111,78 @@ def test_what_does_not_fit_is_said():
     with pytest.raises(fl.ConfigError, match="depths is not a field of Flux2Config; the fields are in_channels"):
         fl.build("flux2-dev", device="meta", depths=2)
     assert len(fl.build("flux2-klein-4b", device="meta", depth=1, depth_single_blocks=2).single_blocks) == 2
+
+
+@pytest.mark.parametrize("name", ["flux2-dev", "flux2-klein-4b", "flux2-klein-9b"])
+def test_the_glossary_names_every_weight_with_its_shape(name):
+    model = fl.build(name, device="meta")
+    told = {each: entry.shape(model.config) for each, entry in named(model.config, "weight").items()}
+    assert told == {each: tuple(weight.shape) for each, weight in model.state_dict().items()}
+    by_kind = {row["kind"]: row["parameters"] for row in fl.parameter_table(name, "kind")}
+    assert by_kind["all"] == sum(p.numel() for p in model.parameters())
+    layers = {each: m.weight.numel() for each, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    modulation = sum(n for each, n in layers.items() if "modulation" in each or "adaLN" in each)
+    assert by_kind["modulation"] == modulation
+
+
+def test_modulation_is_two_percent_there():
+    shares = {row["kind"]: row["share"] for row in fl.parameter_table("flux2-dev", "kind")}
+    assert shares["modulation"] == "1.99%"
+    assert {row["kind"]: row["share"] for row in fl.parameter_table("flux-dev", "kind")}["modulation"].startswith("27")
+
+
+def test_flops_are_those_of_the_linears_that_run():
+    """Beside what PyTorch counts of one forward on the meta device."""
+    name, model = "flux2-klein-4b", fl.build("flux2-klein-4b", device="meta")
+    given = inputs_of(model.config, 256, 512)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**given)
+    table = {row["part"]: row["GFLOP"] for row in fl.flops(name, 256, 256)}
+    assert table["all"] == pytest.approx(counter.get_total_flops() / 1e9, rel=1e-3)
+
+
+def inputs_of(config, image, text):
+    shapes = {e.name: e.shape(config, text=text, image=image) for e in table_of(config) if e.kind == "input"}
+    return {each: torch.empty(size, device="meta") for each, size in shapes.items() if each != "guidance"}
+
+
+def test_every_tensor_it_names_is_captured_with_its_shape():
+    model = randomise(Flux2(SMALL))
+    known = named(SMALL, "tensor")
+    with fl.capture(model, [*known]) as tape, torch.no_grad():
+        model(**inputs(SMALL))
+    shapes = {each: entry.shape(SMALL, batch=2, text=7, image=12) for each, entry in known.items()}
+    assert {each: tuple(tape[each].shape) for each in known} == shapes
+    names = [*known]
+    assert names.index("double_stream_modulation_img.lin") < names.index("double_blocks.0.img.input")
+    assert names.index("single_stream_modulation.lin") < names.index("single_blocks.0.input")
+
+
+def test_tables_and_names_by_name():
+    assert len(fl.tensor_names("flux2-klein-4b")) == len(
+        named(fl.build("flux2-klein-4b", device="meta").config, "tensor")
+    )
+    assert "3,875,544,576 parameters" in str(fl.summary("flux2-klein-4b", depth=1))
+    weights = next(row for row in fl.memory("flux2-klein-9b") if row["what"] == "weights: transformer")
+    assert weights["numbers"] == 9_078_581_248
+
+
+def test_explain_knows_it(capsys):
+    for name in (
+        "double_blocks.0.img_mlp.0.weight",
+        "single_stream_modulation.lin.weight",
+        "txt",
+        "pe",
+        "single_blocks.*",
+    ):
+        fl.explain(name, "flux2-dev")
+    told = capsys.readouterr().out
+    assert "[36864, 6144] in flux2-dev" in told
+    assert "flux2.py:" in told
+    assert "GELU" not in told
+    assert "T5" not in told
+
+
+def test_it_has_no_pipeline_and_says_so():
+    with pytest.raises(fl.ConfigError, match="of flux2-dev the transformer alone is here"):
+        fl.load("flux2-dev")

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import fluxlab as fl
 from fluxlab.cli import app
 from fluxlab.files import write_tensors
+from fluxlab.pipeline.control import edges
 from fluxlab.pipeline.latents import pack
 from fluxlab.pipeline.pictures import as_pixels
 from fluxlab.pipeline.schedule import schedule
@@ -197,12 +198,18 @@ def test_what_does_not_fit_is_refused_before_the_first_step(members, tiny):
             "mask is missing: flux-fill-dev is shown image and mask beside the noise",
         ),
         ("flux-fill-dev", {"mask": holes()}, "image is missing"),
-        ("flux-canny-dev", {}, "control is missing"),
+        (
+            "flux-canny-dev",
+            {},
+            "control is missing: flux-canny-dev is shown control beside the noise, or image to make",
+        ),
         (
             "flux-canny-dev",
             {"control": drawn(), "mask": holes()},
-            "mask is given, and flux-canny-dev has no use",
+            "mask is given, and flux-canny-dev has no use for it without image",
         ),
+        ("flux-canny-dev", {"image": drawn(), "mask": holes()}, "mask is given, and flux-canny-dev has no use for it;"),
+        ("flux-fill-dev", {"image": [drawn()], "mask": holes()}, "image is a list; flux-fill-dev takes one picture"),
         ("flux-kontext-dev", {}, "image is missing"),
         ("flux-kontext-dev", {"image": drawn(), "strength": 0.5}, "strength is 0.5, but there is no image to start"),
         ("flux-fill-dev", {"image": drawn(), "mask": Image.new("L", (9, 9))}, "mask is black everywhere"),
@@ -255,6 +262,33 @@ def test_a_hole_without_fill_is_diffusers(tiny, tmp_path, monkeypatch, strength,
         assert changed[~kept].mean() > 5 * changed[kept].mean()
 
 
+def test_canny_makes_edges_of_a_picture(members):
+    """Once it has the picture's size, as is published."""
+    ours, _ = members["flux-canny-dev"]
+    image = drawn(256, 256)
+    made = edges(image.resize((128, 128), Image.Resampling.LANCZOS))
+    size = {"height": 128, "width": 128}
+    with_edges = ours(PROMPT, control=made, seed=[3], **size, **OPTIONS)
+    same(ours(PROMPT, image=image, seed=[3], **size, **OPTIONS), with_edges)
+    assert (
+        np.abs(
+            np.asarray(with_edges).astype(int) - np.asarray(ours(PROMPT, control=image, seed=[3], **size, **OPTIONS))
+        ).max()
+        > 8
+    )
+
+
+def test_depth_makes_depth_of_a_picture(members, monkeypatch):
+    ours, _ = members["flux-canny-dev"]
+    pipe = replace(ours, variant=replace(ours.variant, shown="depth"))
+    with pytest.raises(ValueError, match=r"is not on this disk .* or give control="):
+        pipe(PROMPT, image=drawn(), **OPTIONS)
+    monkeypatch.setattr("fluxlab.pipeline.pipeline.depth", lambda image: drawn(colour="red"))
+    same(
+        pipe(PROMPT, image=drawn(), seed=[3], **OPTIONS), pipe(PROMPT, control=drawn(colour="red"), seed=[3], **OPTIONS)
+    )
+
+
 def test_canny_starts_from_a_picture_too(members):
     ours, _ = members["flux-canny-dev"]
     options = OPTIONS | {"num_steps": 6}
@@ -278,7 +312,7 @@ def test_a_canny_lora_on_dev_is_shown_edges(tiny, tmp_path, members):
         )
         assert abs(one - other).max() > 3
     assert np.array_equal(np.asarray(tiny(PROMPT, **OPTIONS)), usual)
-    assert ours.variant.shown == "control"
+    assert ours.variant.shown == "edges"
 
 
 @pytest.mark.usefixtures("as_users_run_it")

@@ -1,0 +1,294 @@
+"""flux-tiny's relatives, which are shown something beside the noise, trained on from its teacher. Opened in chapter 18.
+
+    fill     a hole in a picture, to be painted as the prompt says; all around it stays
+    kontext  a picture, to be changed as an instruction says; its text encoders learn new words
+
+Each learns as flux-tiny did: a flow that needs CFG, then guidance distilled into it; the autoencoder stays as it is.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import reduce
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import trange
+
+from fluxlab.config import TINY_FILL, TINY_KONTEXT, FluxConfig, Variant
+from fluxlab.files import read_tensors, write_tensors
+from fluxlab.model.autoencoder import AutoEncoder
+from fluxlab.model.transformer import Flux
+from fluxlab.pipeline.latents import COMPRESSION, PIXELS, pack, unpack
+from fluxlab.pipeline.pipeline import Pipeline
+from fluxlab.pipeline.shown import Shown
+from fluxlab.pipeline.text import TextEncoders
+from fluxlab.tiny.distil import distil_guidance
+from fluxlab.tiny.edits import ASKED, KINDS, Edit, judge_edit, of_edits, random_edit
+from fluxlab.tiny.holes import Hole, judge_hole, masks_of, random_hole, scenes_with_holes
+from fluxlab.tiny.loop import fit
+from fluxlab.tiny.pictures import USUAL, Pictures, draw, pixels_of, save_grid, to_float
+from fluxlab.tiny.recipe import Recipe
+from fluxlab.tiny.train_flow import learn_flow
+from fluxlab.tiny.train_text import Reader, new_text_encoders, train_tokenizers
+from fluxlab.tiny.truth import answer_loss, of_slots, of_tokens
+from fluxlab.tiny.world import Picture, random_scene
+
+
+def encode_holes(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEncoders) -> None:
+    """Two holes for each picture: the latents of the whole and of the rest, the holes, and the prompts' tokens."""
+    if (path := run / "fill-{}x{}.safetensors".format(*USUAL)).exists():
+        return
+    rng = np.random.default_rng((recipe.seed, 7))
+    drawn = draw(recipe.fill_pictures, *USUAL, (recipe.seed + 4, *USUAL))
+    latents, rest, boxes, prompts = [], [], [], []
+    for _ in trange(0, recipe.fill_pictures, 16, desc=path.stem, unit="batch", mininterval=10):
+        batch = list(islice(drawn, 16))
+        holes = [random_hole(picture, rng) for picture in batch for _ in range(2)]
+        boxes.append(torch.tensor([hole.box for hole in holes]))
+        prompts += [hole.prompt for hole in holes]
+        pixels = to_float(pixels_of(batch))
+        masked = pixels.repeat_interleave(2, 0) * (1 - masks_of(boxes[-1], *USUAL))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            latents += [autoencoder.encode(few).half().repeat_interleave(2, 0) for few in pixels.split(4)]
+            rest += [autoencoder.encode(few).half() for few in masked.split(4)]
+    t5_ids, clip_ids = (ids.short() for ids in text.tokenize(prompts))
+    tensors = {"latents": torch.cat(latents), "rest": torch.cat(rest), "boxes": torch.cat(boxes).short()}
+    write_tensors(tensors | {"t5_ids": t5_ids, "clip_ids": clip_ids}, path)
+
+
+class Holes(Pictures):
+    """Batches of what ``encode_holes`` wrote."""
+
+    def __init__(self, run: Path, recipe: Recipe) -> None:
+        super().__init__(run, recipe, "fill", (USUAL,))
+
+    def shown(self, chosen: dict[str, Tensor]) -> Shown:
+        """The rest of each picture, and its hole."""
+        return Shown.hole(unpack(chosen["rest"], *USUAL), masks_of(chosen["boxes"], *USUAL))
+
+    def changed(self, chosen: dict[str, Tensor]) -> Tensor:
+        """The tokens that the hole touches: only there does guidance lead away from the picture."""
+        cells = pack(masks_of(chosen["boxes"], *USUAL)[..., ::COMPRESSION, ::COMPRESSION])
+        return cells.amax(2, keepdim=True) > 0
+
+
+def train_fill(
+    run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEncoders, teacher: Path
+) -> tuple[Flux, TextEncoders]:
+    """flux-tiny-fill-dev: flux-tiny's teacher with an ``img_in`` for 320 channels more, at first zero; then guidance.
+
+    In the second stage the teacher's guided prediction is the target in the hole alone. Around it the target is the
+    picture's own velocity: what is to be kept does not depend on the prompt, and guidance would exaggerate it.
+    """
+    encode_holes(run, recipe, autoencoder, text)
+    torch.manual_seed(recipe.seed)
+    model, pictures = widened(teacher, TINY_FILL.transformer), Holes(run, recipe)
+    preview = partial(fill_grid, _undistilled(TINY_FILL, model, autoencoder, text), recipe.previewed, true_cfg=3.0)
+    rate = recipe.learning_rate / 2
+    learn_flow(run, recipe, "fill", (model,), text, pictures, recipe.fill_steps, preview, rate)
+    options: dict[str, Any] = {"steps": recipe.fill_guidance_steps, "grid": fill_grid}
+    return distil_guidance(run, recipe, autoencoder, model, text, "fill-guidance", TINY_FILL, pictures, **options), text
+
+
+def _undistilled(member: Variant, model: Flux, autoencoder: AutoEncoder, text: TextEncoders) -> Pipeline:
+    return Pipeline(replace(member, transformer=model.config, guidance=None), model, autoencoder, text)
+
+
+def widened(teacher: Path, config: FluxConfig) -> Flux:
+    """The teacher with more channels a token, which change nothing at first; guidance by CFG, as the teacher's."""
+    model = Flux(replace(config, guidance_embed=False))
+    tensors = read_tensors(teacher)
+    narrow = tensors["img_in.weight"].float()
+    tensors["img_in.weight"] = F.pad(narrow, (0, config.in_channels - narrow.shape[1]))
+    model.load_state_dict(tensors)
+    return model
+
+
+def paint_hole(pipe: Pipeline, picture: Picture, hole: Hole, seed: int, **options: Any) -> Image.Image:
+    """What a model paints into the hole of a picture."""
+    mask = 255 * masks_of(torch.tensor([hole.box]), *USUAL)[0, 0].byte().numpy()
+    shown: dict[str, Any] = {"image": Image.fromarray(picture.pixels), "mask": Image.fromarray(mask)}
+    painted: Any = pipe(hole.prompt, **shown, seed=seed, progress=False, **options)
+    return painted
+
+
+def measure_fill(pipe: Pipeline, number: int = 128, **options: Any) -> list[dict[str, Any]]:
+    """What is right of so many pictures, half of them boxes and half halves, as painted and with the outside pasted."""
+    rows = []
+    for half in (False, True):
+        plain, pasted = [], []
+        for seed, (picture, which, hole) in enumerate(scenes_with_holes(number // 2, half)):
+            painted = np.asarray(paint_hole(pipe, picture, hole, seed, **options))
+            plain.append(judge_hole(painted, picture, which, hole))
+            inside = masks_of(torch.tensor([hole.box]), *USUAL)[0, 0].bool().numpy()[..., None]
+            pasted.append(judge_hole(np.where(inside, painted, picture.pixels), picture, which, hole))
+        for outside, judged in (("as painted", plain), ("pasted back", pasted)):
+            means = {name: round(float(np.mean([each[name] for each in judged])), 4) for name in judged[0]}
+            rows.append({"hole is": "half" if half else "box", "outside": outside, **options, **means})
+    return rows
+
+
+def fill_grid(pipe: Pipeline, number: int, path: Path, **options: Any) -> None:
+    """The first held-out pictures, half of the rows boxes: with their holes, and below as a model fills them."""
+    columns = math.gcd(8, number)
+    rows: list[NDArray[np.uint8]] = []
+    for half in (False, True):
+        examples = list(scenes_with_holes(columns, half))
+        inside = masks_of(torch.tensor([hole.box for *_, hole in examples]), *USUAL)[:, 0, ..., None].bool().numpy()
+        rows += [np.where(m, 128, picture.pixels) for m, (picture, *_) in zip(inside, examples, strict=True)]
+        rows += [
+            np.asarray(paint_hole(pipe, picture, hole, seed, **options))
+            for seed, (picture, _, hole) in enumerate(examples)
+        ]
+    pixels = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
+    save_grid(path, to_float(pixels), columns)
+
+
+def learn_instructions(run: Path, recipe: Recipe, known: TextEncoders) -> TextEncoders:
+    """Encoders of their own for Kontext: tokenizers of captions and instructions, the rest as it was, then trained.
+
+    The pieces that both tokenizers have keep their embeddings. As before the flow, small readers have to tell from
+    the encoders' output what a caption says, and what an instruction asks for.
+    """
+    rng = np.random.default_rng((recipe.seed, 8))
+    edits = [random_edit(rng, kind=KINDS[-1 - i % len(KINDS)]) for i in range(recipe.edits // 2)]
+    instructions, asked = [edit.instruction for edit in edits], of_edits(edits)
+    folder = run / "kontext"
+    if not (folder / "clip/tokenizer.json").exists():
+        captions = [random_scene(rng).caption(rng, complete=False) for _ in edits]
+        corpus = [words for pair in zip(captions, instructions, strict=True) for words in pair]
+        train_tokenizers(folder, corpus=corpus)
+    torch.manual_seed(recipe.seed)
+    text = new_text_encoders(folder)
+    parts: Any = (
+        (text.t5, text.t5_tokenizer, known.t5, known.t5_tokenizer),
+        (text.clip, text.clip_tokenizer, known.clip, known.clip_tokenizer),
+    )
+    for encoder, words, before, known_words in parts:
+        table, old = (each.get_input_embeddings().weight.detach() for each in (encoder, before))
+        table.copy_(old.mean(0) + torch.randn(table.shape) * old.std(0) / 2)
+        places = known_words.get_vocab()
+        for piece, row in words.get_vocab().items():
+            if piece in places:
+                table[row] = old[places[piece]]
+        kept = {name: value for name, value in before.state_dict().items() if value.shape != old.shape}
+        encoder.load_state_dict(kept, strict=False)
+    width, vec_width = text.t5.config.d_model, text.clip.config.hidden_size
+    readers = nn.ModuleList((Reader(width, vec_width), Reader(width, vec_width, len(ASKED))))
+
+    def loss(generator: torch.Generator) -> Tensor:
+        rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
+        scenes = [random_scene(rng) for _ in range(recipe.captions)]
+        start = int(rng.integers(len(edits) - recipe.captions + 1))
+        told = [scene.caption(rng, complete=False) for scene in scenes]
+        some, right = text.tokenize(told), of_slots(scenes).expand(2, -1, -1, -1)
+        others, answers = text.tokenize(instructions[start : start + len(told)]), asked[start : start + len(told)]
+        error = answer_loss(readers[0](*text.encode(*some)), right)
+        return error + answer_loss(readers[1](*text.encode(*others)), answers.expand(2, -1, -1, -1))
+
+    learners = nn.ModuleList((text.t5, text.clip, readers))
+    fit("kontext-text", learners, loss, recipe.edit_text_steps, recipe.text_learning_rate, run, recipe)
+    return text
+
+
+def encode_edits(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEncoders) -> None:
+    """The latents before and after each edit, the tokens it changes, what each shows after, and the words."""
+    if (path := run / "kontext-{}x{}.safetensors".format(*USUAL)).exists():
+        return
+    rng = np.random.default_rng((recipe.seed, 9))
+    columns: dict[str, list[Tensor]] = {name: [] for name in ("latents", "before", "changed", "truth")}
+    told: list[str] = []
+    for _ in trange(0, recipe.edits, 16, desc=path.stem, unit="batch", mininterval=10):
+        edits = [random_edit(rng) for _ in range(16)]
+        captions = [edit.after.scene.caption(rng, complete=True) for edit in edits]
+        by_caption = rng.random(len(edits)) < recipe.told_by_caption
+        told += [c if by else edit.instruction for c, by, edit in zip(captions, by_caption, edits, strict=True)]
+        for name, pictures in (("latents", [e.after for e in edits]), ("before", [e.before for e in edits])):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                columns[name] += [autoencoder.encode(few).half() for few in to_float(pixels_of(pictures)).split(4)]
+        changed = np.stack([edit.changed for edit in edits])
+        touched = reduce(changed, "b (h p) (w q) -> b (h w)", "max", p=PIXELS, q=PIXELS)
+        columns["changed"].append(torch.from_numpy(touched).byte())
+        columns["truth"].append(torch.stack([of_tokens(edit.after).byte() for edit in edits]))
+    t5_ids, clip_ids = (ids.short() for ids in text.tokenize(told))
+    tensors = {name: torch.cat(column) for name, column in columns.items()}
+    write_tensors(tensors | {"t5_ids": t5_ids, "clip_ids": clip_ids}, path)
+
+
+class Edits(Pictures):
+    """Batches of what ``encode_edits`` wrote."""
+
+    def __init__(self, run: Path, recipe: Recipe) -> None:
+        super().__init__(run, recipe, "kontext", (USUAL,))
+
+    def shown(self, chosen: dict[str, Tensor]) -> Shown:
+        """The picture before each edit."""
+        return Shown.reference(unpack(chosen["before"], *USUAL))
+
+    def changed(self, chosen: dict[str, Tensor]) -> Tensor:
+        """The tokens that the edit touches."""
+        return chosen["changed"][..., None] > 0
+
+
+def train_kontext(
+    run: Path, recipe: Recipe, autoencoder: AutoEncoder, known: TextEncoders, teacher: Path
+) -> tuple[Flux, TextEncoders]:
+    """flux-tiny-kontext-dev and its text encoders: words first, then the flow with them, then guidance."""
+    text = learn_instructions(run, recipe, known)
+    encode_edits(run, recipe, autoencoder, text)
+    torch.manual_seed(recipe.seed)
+    model, pictures = widened(teacher, TINY_KONTEXT.transformer), Edits(run, recipe)
+    preview = partial(edit_grid, _undistilled(TINY_KONTEXT, model, autoencoder, text), recipe.previewed, true_cfg=2.5)
+    learners, rate = (model, text.t5, text.clip), recipe.learning_rate / 2
+    learn_flow(run, recipe, "kontext", learners, text, pictures, recipe.edit_steps, preview, rate)
+    options: dict[str, Any] = {"steps": recipe.edit_guidance_steps, "grid": edit_grid}
+    return distil_guidance(
+        run, recipe, autoencoder, model, text, "kontext-guidance", TINY_KONTEXT, pictures, **options
+    ), text
+
+
+def paint_edit(pipe: Pipeline, edit: Edit, seed: int, **options: Any) -> NDArray[np.uint8]:
+    """What a model makes of a picture and an instruction."""
+    painted: Any = pipe(
+        edit.instruction, image=Image.fromarray(edit.before.pixels), seed=seed, progress=False, **options
+    )
+    return np.asarray(painted)
+
+
+def measure_kontext(pipe: Pipeline, number: int = 128, **options: Any) -> list[dict[str, Any]]:
+    """What is right of so many held-out edits, all kinds alike, and of each kind."""
+    rng, judged = np.random.default_rng(2), []
+    for seed in range(number):
+        edit = random_edit(rng, held_out=True, kind=KINDS[seed % len(KINDS)])
+        judged.append((edit.kind, judge_edit(paint_edit(pipe, edit, seed, **options), edit)))
+    rows = []
+    for kind in ("all", *KINDS[:number]):
+        some = [found for own, found in judged if kind in ("all", own)]
+        means = {name: round(float(np.mean([each[name] for each in some])), 4) for name in some[0]}
+        rows.append({"edit": kind, "number": len(some), **options, **means})
+    return rows
+
+
+def edit_grid(pipe: Pipeline, number: int, path: Path, **options: Any) -> None:
+    """Held-out pictures, and below each what a model makes of it when it is told to edit it."""
+    rng, rows = np.random.default_rng(2), []
+    for _ in range(2):
+        edits = [random_edit(rng, held_out=True, kind=KINDS[i % len(KINDS)]) for i in range(math.gcd(8, number))]
+        rows += [edit.before.pixels for edit in edits]
+        rows += [paint_edit(pipe, edit, seed, **options) for seed, edit in enumerate(edits)]
+    save_grid(path, to_float(torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)), math.gcd(8, number))
+
+
+MEMBERS: dict[str, tuple[Variant, Callable[..., tuple[Flux, TextEncoders]], Callable[..., list[dict[str, Any]]]]] = {
+    "fill": (TINY_FILL, train_fill, measure_fill),
+    "kontext": (TINY_KONTEXT, train_kontext, measure_kontext),
+}

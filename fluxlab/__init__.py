@@ -1,5 +1,6 @@
 """fluxlab: FLUX.1, the whole model, open to look into. ``import fluxlab as fl``."""
 
+from fluxlab import speed
 from fluxlab.config import VARIANTS, VERSION, AutoEncoderConfig, ConfigError, FluxConfig, Variant, variant
 from fluxlab.course.exercise import check
 from fluxlab.files import WeightsError
@@ -32,5 +33,6 @@ __all__ = ["VARIANTS", "AutoEncoderConfig", "ConfigError", "FluxConfig", "Varian
 __all__ += ["AutoEncoder", "Flux", "apply_rope", "build", "load_weights", "rope", "timestep_embedding"]
 __all__ += ["FluxInputs", "Pipeline", "Step", "denoise", "example_inputs", "export_onnx", "load", "schedule"]
 __all__ += ["image_ids", "noise", "pack", "text_ids", "unpack"]
+__all__ += ["speed"]
 __all__ += ["Tape", "capture", "check", "compare", "explain", "explore", "patch", "plots", "tensor_names"]
 __all__ += ["block_diagram", "flops", "graph", "memory", "model_map", "parameter_table", "summary", "working_memory"]

@@ -16,6 +16,7 @@ import fluxlab as fl
 from fluxlab.course.gallery import gallery
 from fluxlab.files import replacing
 from fluxlab.onnx.export import GRAPHS, PARTS
+from fluxlab.speed.sharded import processes, rank
 from fluxlab.tiny.recipe import SMOKE, Recipe
 from fluxlab.tiny.train import train, train_member
 from fluxlab.weights.convert import convert as convert_model
@@ -40,6 +41,12 @@ def _command(function: Callable[..., None]) -> None:
             raise
         except (ValueError, OSError, ImportError, MemoryError, ArithmeticError, torch.OutOfMemoryError) as error:
             typer.secho(f"fluxlab: {' '.join(str(error).split()) or type(error).__name__}", err=True, fg="red")
+            raise typer.Exit(2) from error
+
+        except RuntimeError as error:
+            if processes() < 2:
+                raise
+            typer.secho(f"fluxlab: another process of this run ended, so process {rank()} ends ({error})", err=True)
             raise typer.Exit(2) from error
 
     app.command()(run)
@@ -86,9 +93,12 @@ def generate(
         options |= {"image": images[0] if len(images) == 1 else images} if images else {}
         loras, low = dict(map(_strength, lora or ())), low_memory or None
         pipe = fl.load(variant, source, device, lora=loras, redux=redux, low_memory=low)
-        picture: Any = pipe(prompt, **options)
+        if processes() > 1:
+            fl.speed.shard(pipe)
+        picture: Any = pipe(prompt, **options, progress=rank() == 0)
         picture.save(temporary)
-    typer.echo(f"{output}: {picture.width} x {picture.height} pixels")
+    if rank() == 0:
+        typer.echo(f"{output}: {picture.width} x {picture.height} pixels")
 
 
 def _strength(said: str) -> tuple[str, float]:

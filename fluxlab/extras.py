@@ -1,9 +1,13 @@
 """The libraries that a plain installation does not bring, and those that do not fit beside torch."""
 
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
+
+# what torchao, which transformers imports where it is installed, has logged while it is imported: about GPU kernels
+_LOUD = ("torchao", "torch.utils._pytree")
 
 
 @contextmanager
@@ -14,7 +18,12 @@ def importing() -> Iterator[None]:
         ImportError: it cannot be imported; the message says what to install.
     """
     try:
-        yield
+        with ExitStack() as quiet:
+            for name in _LOUD:
+                logger = logging.getLogger(name)
+                quiet.callback(logger.setLevel, logger.level)
+                logger.setLevel(logging.ERROR)
+            yield
     except (ImportError, RuntimeError) as error:
         cause: BaseException = error
         while cause.__cause__ is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from fluxlab.pipeline.schedule import schedule
 from fluxlab.pipeline.shown import Shown, as_mask, preferred_size
 from fluxlab.pipeline.text import TextEncoders, tokenizer
 from fluxlab.pipeline.tiles import decode, encode
-from fluxlab.weights.find import find_files
+from fluxlab.weights.find import Files, find_files
 from fluxlab.weights.load import autoencoder_config, empty_encoder, fill, fit, weights_of
 from fluxlab.weights.lora import Lora
 
@@ -46,6 +46,8 @@ class Pipeline:
     dtype: torch.dtype = torch.float32  # likewise
     lora: Lora | None = None  # that it was loaded with
     redux: Redux | None = None  # tells it pictures as text
+    files: Files | None = None  # that it was loaded from
+    speedups: list[Any] = field(default_factory=list)  # what fluxlab.speed put on, in that order
 
     @torch.no_grad()
     def __call__(
@@ -141,6 +143,7 @@ class Pipeline:
         pictures = self.decode(tokens, height, width, tiled)
         used: dict[str, Any] = {"steps": num_steps, "guidance": self._guidance(guidance), "true_cfg": true_cfg}
         size = {"size": f"{width}x{height}", "variant": self.variant.name}
+        used |= {"speed": "; ".join(map(str, self.speedups)) or None}
         used |= {"negative_prompt": negative_prompt, "strength": weights or strength} | size
         for picture, text, number in zip(pictures, prompts, seeds, strict=True):
             picture.info.update(made_by({"prompt": text, "seed": number} | used))
@@ -317,7 +320,7 @@ def load(
     for part, own in zip(parts, tensors, strict=True):
         fill(part, own, device, low_memory)
     text = TextEncoders(t5, words[0], chosen.t5_length, clip, words[1], chosen.clip_length, device)
-    pipe = Pipeline(chosen, model, autoencoder, text, device, dtype)
+    pipe = Pipeline(chosen, model, autoencoder, text, device, dtype, files=found)
     pipe.lora = pipe.add_lora(lora) if lora else None
     pipe.redux = Redux.load(redux, device, dtype, chosen.transformer.context_in_dim) if redux else None
     return pipe

@@ -19,7 +19,7 @@ from fluxlab.pipeline.pictures import as_seen
 from fluxlab.weights.load import load_weights
 
 if TYPE_CHECKING:
-    from transformers import SiglipImageProcessor, SiglipVisionModel
+    from transformers import SiglipVisionModel
 
 
 class ReduxEmbedder(nn.Module):
@@ -38,7 +38,7 @@ class ReduxEmbedder(nn.Module):
 class Redux(nn.Module):
     """SigLIP, the embedder behind it, and how a picture is brought to SigLIP's size: 729 tokens from each picture."""
 
-    def __init__(self, encoder: SiglipVisionModel, embedder: ReduxEmbedder, processor: SiglipImageProcessor) -> None:
+    def __init__(self, encoder: SiglipVisionModel, embedder: ReduxEmbedder, processor: Any) -> None:
         super().__init__()
         self.encoder, self.embedder, self.processor = encoder, embedder, processor
 
@@ -63,7 +63,7 @@ class Redux(nn.Module):
             WeightsError: a part is missing, or not what it should be.
         """
         with importing():
-            from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+            from transformers import AutoImageProcessor, SiglipVisionConfig, SiglipVisionModel
         folder = Path(folder).expanduser()
         official = folder / "flux1-redux-dev.safetensors"
         weights = official if official.exists() else folder / "image_embedder"
@@ -74,7 +74,7 @@ class Redux(nn.Module):
         told = read_json(encoder_folder / "config.json")
         try:
             config: Any = SiglipVisionConfig.from_dict(told.get("vision_config", told))
-            processor: Any = SiglipImageProcessor.from_pretrained(processor_folder)
+            processor: Any = AutoImageProcessor.from_pretrained(processor_folder)
         except (OSError, ValueError, TypeError) as error:
             raise WeightsError(f"{folder}: its SigLIP cannot be read ({error})") from error
         with torch.device("meta"):

@@ -47,7 +47,8 @@ def denoise(
     """Euler steps along the predicted velocity: ``img + (t_next - t) * velocity``.
 
     Args:
-        model: predicts the velocity.
+        model: predicts the velocity. If it has a ``loop_begins``, that is told what the forwards will be given, and the
+            times, before the first.
         inputs: the first forward's; ``img`` is where the loop starts. ``timesteps`` is set anew at every step.
         times: as ``schedule`` gives them: falling, from 1 for noise to 0; one step between each and the next.
         negative: the inputs of a negative prompt, for true classifier-free guidance; a second forward a step.
@@ -73,6 +74,11 @@ def denoise(
         raise ValueError(f"{said}; give shown, as Shown.hole or Shown.control make it, to a model of that kind alone")
     dtype = inputs.img.dtype
     img = finite(inputs.img, "inputs.img").to(torch.promote_types(dtype, torch.float32))  # many small steps add up here
+    if callable(told := getattr(model, "loop_begins", None)):
+        told(
+            [shown.beside(inputs), *([] if negative is None or true_cfg == 1 else [shown.away().beside(negative)])],
+            times,
+        )
     steps = list(pairwise(times))
     for index, (t, t_next) in enumerate(tqdm(steps, desc="sampling", unit="step", disable=not progress)):
         timesteps = torch.full((img.shape[0],), t, dtype=torch.float32, device=img.device)

@@ -1,21 +1,25 @@
 """A model larger than the memory: a layer's weights come when it runs, and go when it has run. Opened in chapter 15."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fluxlab.files import Tensors
 
 
-def stream(module: nn.Module, tensors: Tensors, device: torch.device | str = "cpu") -> None:
+def stream(module: nn.Module, tensors: Tensors, device: torch.device | str = "cpu") -> Callable[[], None]:
     """Keep a module's parameters on the meta device, and give each layer its own from ``tensors`` while it runs.
 
     On a CPU, weights that need no change stay mapped to their file, and others take the memory of one layer. To a GPU
-    the next layer's are on their way while one computes: two layers' memory. It serves one forward at a time.
+    the next layer's are on their way while one computes: two layers' memory. It serves one forward at a time. What is
+    returned ends it, and leaves the parameters on the meta device.
     """
+    hooks: list[RemovableHandle] = []
     device = torch.device(device)
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
     pool = ThreadPoolExecutor(1) if side else None
@@ -52,5 +56,11 @@ def stream(module: nn.Module, tensors: Tensors, device: torch.device | str = "cp
         names[layer] = {name: f"{path}.{name}".lstrip(".") for name, _ in layer.named_parameters(recurse=False)}
         if names[layer]:
             go(layer)
-            layer.register_forward_pre_hook(come)
-            layer.register_forward_hook(go, always_call=True)
+            hooks.append(layer.register_forward_pre_hook(come))
+            hooks.append(layer.register_forward_hook(go, always_call=True))
+
+    def stop() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return stop

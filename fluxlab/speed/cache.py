@@ -1,0 +1,117 @@
+"""Steps that change little are not computed whole: the first block tells."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxlab.pipeline.pipeline import Pipeline
+from fluxlab.speed.handle import Handle
+
+
+@dataclass
+class _Kept:
+    """Of the last forward that ran whole, with one prompt."""
+
+    y: Tensor
+    t: float
+    first: Tensor | None = None  # what the first block added
+    rest: Tensor | None = None  # and what all others did
+
+
+class CacheHandle(Handle):
+    """Counts what was skipped in the last loop."""
+
+    forwards = 0
+    skipped = 0
+
+    def __str__(self) -> str:
+        return f"{self.said}: {self.skipped} of {self.forwards} forwards skipped"
+
+    __repr__ = __str__
+
+
+def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
+    """Leave out all blocks but the first, where the first does nearly what it did the last time.
+
+    What the first block adds to its stream is compared with what it added in the last forward that ran whole: mean
+    absolute difference over mean absolute value. Below the threshold, what all others added then is added again. The
+    handle counts ``skipped`` of the last loop's ``forwards``, and the picture's ``info`` tells it. What is captured was
+    made by the forwards that ran whole.
+
+    Args:
+        pipe: whose transformer; it needs a double block and a single block at least.
+        threshold: from 0, which never skips; 0.05 to 0.2 are usual.
+
+    Raises:
+        ValueError: the threshold is no such number, or the model has no such blocks.
+
+    Source: first-block caching of ParaAttention, Cheng 2024; the idea is that of "Timestep Embedding Tells: It's Time
+    to Cache for Video Diffusion Model", Liu et al. 2024.
+    """
+    if not (isinstance(threshold, int | float) and 0 <= threshold < float("inf")):
+        raise ValueError(f"threshold is {threshold!r}; give a number from 0, which never skips, such as 0.1")
+    doubles, singles = list(pipe.model.double_blocks), list(pipe.model.single_blocks)
+    if not doubles or not singles:
+        raise ValueError(
+            "cache_steps compares what the first double block does; this model has no such block, or no other"
+        )
+    handle = CacheHandle(pipe, "cache_steps", f"cache_steps({threshold:g})")
+    kept: list[_Kept] = []  # one for the prompt, one for what is led away from
+    now: Any = None
+    skipping, middle = False, torch.empty(0)
+    whole = pipe.model.forward
+
+    def forward(*args: Any, **given: Any) -> Tensor:
+        nonlocal now, skipping
+        given |= dict(zip(("img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance"), args, strict=False))
+        y, t = given["y"], float(given["timesteps"].max())
+        now = next((each for each in kept if each.y is y or (each.y.shape == y.shape and torch.equal(each.y, y))), None)
+        if now is None or t >= now.t or now.first is None or now.first.shape[1] != given["img"].shape[1]:
+            kept[:] = [each for each in kept if each is not now and each.t >= t]
+            if not kept:  # another loop begins
+                handle.forwards = handle.skipped = 0
+            kept.append(now := _Kept(y, t))
+        now.t, skipping = t, False
+        handle.forwards += 1
+        return whole(**given)
+
+    def first(run: Callable[..., Any]) -> Callable[..., Any]:
+        def block(img: Tensor, txt: Tensor, *steer: Any) -> Any:
+            nonlocal skipping, middle
+            out, text = run(img, txt, *steer)
+            added = out - img
+            if now.first is not None and now.rest is not None:
+                change = (added - now.first).abs().mean() / now.first.abs().mean()
+                skipping = bool(change < threshold)
+            handle.skipped += skipping
+            if not skipping:
+                now.first, middle = added, torch.cat((text, out), dim=1)
+            return out, text
+
+        return block
+
+    def other(run: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda img, txt, *steer: (img, txt) if skipping else run(img, txt, *steer)
+
+    def single(run: Callable[..., Any], last: bool) -> Callable[..., Any]:
+        def block(x: Tensor, *steer: Any) -> Tensor:
+            if skipping:
+                return x + now.rest if last else x
+            x = run(x, *steer)
+            if last:
+                now.rest = x - middle
+            return x
+
+        return block
+
+    handle.put(pipe.model, forward)
+    handle.put(doubles[0], first(doubles[0].forward))
+    for block in doubles[1:]:
+        handle.put(block, other(block.forward))
+    for block in singles:
+        handle.put(block, single(block.forward, block is singles[-1]))
+    handle.on()
+    return handle

@@ -1,0 +1,70 @@
+"""What was put on a pipeline, and how it comes off."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from fluxlab.pipeline.pipeline import Pipeline
+
+ORDER = ("shard", "quantize", "compile", "compile whole", "modulation_ahead", "cache_steps")
+APART = ({"shard", "quantize"}, {"shard", "compile"})  # what does not go together; and a model compiled whole with none
+
+
+class Handle:
+    """One thing that was put on: a context manager; ``str`` of it says what, as the picture's ``info`` does."""
+
+    def __init__(self, pipe: Pipeline, kind: str, said: str) -> None:
+        self.pipe, self.kind, self.said = pipe, kind, said
+        self._stack = ExitStack()
+        on = [handle.kind for handle in pipe.speedups]
+        if later := [other for other in on if ORDER.index(other) >= ORDER.index(kind)]:
+            raise ValueError(f"{later[-1]} is on this pipeline already, and {kind} comes before it: undo that first")
+        for other in on:
+            whole = "compile whole" in (kind, other) and {kind, other} != {"compile whole", "quantize"}
+            if {kind, other} in APART or whole:
+                raise ValueError(f"{kind} does not go with {other}, which is on this pipeline; undo that first")
+
+    def put(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Another forward for a module, until ``undo``."""
+        before = vars(module).get("forward")
+        module.forward = forward
+        self._stack.callback(
+            lambda: delattr(module, "forward") if before is None else setattr(module, "forward", before)
+        )
+
+    def later(self, undo: Callable[[], object]) -> None:
+        """What else ``undo`` has to do; what comes last is done first."""
+        self._stack.callback(undo)
+
+    def on(self) -> "Handle":
+        """The handle, once all of it is on."""
+        self.pipe.speedups.append(self)
+        return self
+
+    def undo(self) -> None:
+        """Take it off: the pipeline is as it was before.
+
+        Raises:
+            ValueError: something was put on after it, which comes off first; or it is off already.
+        """
+        if self not in self.pipe.speedups:
+            raise ValueError(f"{self.kind} is off already")
+        if (last := self.pipe.speedups[-1]) is not self:
+            raise ValueError(f"{last.kind} was put on after {self.kind}; undo that first")
+        self.pipe.speedups.pop()
+        self._stack.close()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self in self.pipe.speedups:
+            self.undo()
+
+    def __str__(self) -> str:
+        return self.said
+
+    __repr__ = __str__

@@ -1,0 +1,60 @@
+"""Linears in 8 bits, by torchao; for 4 bits, GGUF files are loaded as they are (chapter 15)."""
+
+import warnings
+
+import torch
+from torch import nn
+
+from fluxlab.extras import importing
+from fluxlab.pipeline.pipeline import Pipeline
+from fluxlab.speed.handle import Handle
+
+KINDS = ("int8", "int8 dynamic", "fp8")
+
+
+def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
+    """Hold the Linears of the transformer's blocks in 8 bits, with one scale for each row.
+
+    The weights they had stay referred to, for ``undo``: where they are mapped to their file they take no memory.
+
+    Args:
+        pipe: whose transformer.
+        kind: ``"int8"``: weights alone, widened for each product; ``"int8 dynamic"``: tokens too, and products of
+            integers; ``"fp8"``: weights alone, where the device has it.
+
+    Raises:
+        ValueError: no such kind, or the device has no fp8; or weights are not in memory, as with ``low_memory``.
+        ImportError: torchao is not installed.
+    """
+    if kind not in KINDS:
+        raise ValueError(
+            f"kind is {kind!r}; there are {', '.join(map(repr, KINDS))}; 4 bits are loaded from GGUF files"
+        )
+    handle = Handle(pipe, "quantize", f"quantize {kind}")
+    blocks = nn.ModuleList([*pipe.model.double_blocks, *pipe.model.single_blocks])
+    linears = [each for each in blocks.modules() if isinstance(each, nn.Linear)]
+    if any(each.weight.is_meta for each in linears):
+        raise ValueError(
+            "weights are not in memory, since low_memory has them come one by one; load a GGUF file instead"
+        )
+    capable = linears[0].weight.is_cuda and torch.cuda.get_device_capability(linears[0].weight.device) >= (8, 9)
+    if kind == "fp8" and not capable:
+        raise ValueError("fp8 needs a GPU that has it (compute capability 8.9); take int8 here")
+    with importing(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchao import quantization as torchao  # type: ignore[import-not-found,unused-ignore]
+
+        config = {
+            "int8": torchao.Int8WeightOnlyConfig,
+            "int8 dynamic": torchao.Int8DynamicActivationInt8WeightConfig,
+            "fp8": torchao.Float8WeightOnlyConfig,
+        }[kind]()
+        before = [each.weight for each in linears]
+        torchao.quantize_(blocks, config)
+
+    def restore() -> None:
+        for linear, weight in zip(linears, before, strict=True):
+            linear.weight = weight
+
+    handle.later(restore)
+    return handle.on()

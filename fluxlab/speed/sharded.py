@@ -1,0 +1,69 @@
+"""One model over several processes: each holds a part of every block's weights, by PyTorch's FSDP2."""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+
+from fluxlab.model.transformer import Flux
+from fluxlab.pipeline.pipeline import Pipeline
+from fluxlab.speed.handle import Handle
+
+
+def processes() -> int:
+    """How many processes ``torchrun`` started for this run; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """Which of them this one is, from 0: the first speaks for all."""
+    return int(os.environ.get("RANK", 0))
+
+
+def shard(pipe: Pipeline, minutes: float = 10) -> Handle:
+    """Divide the weights of the transformer's and T5's blocks among the processes that ``torchrun`` started.
+
+    ``torchrun --nproc-per-node 2 -m fluxlab generate "a red circle"`` does it by itself. Every process runs the same
+    script and paints the same picture; before a block runs, each gets the others' parts of it, and drops them after.
+    On CPUs they talk by gloo, on GPUs by NCCL. Inputs are not cast.
+
+    Args:
+        pipe: of every process alike.
+        minutes: to wait for another process before the run ends.
+
+    Raises:
+        ValueError: this is a single process, not one of several that ``torchrun`` started.
+    """
+    if processes() < 2:
+        raise ValueError("this is one process; start several: torchrun --nproc-per-node 2 -m fluxlab generate …")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    handle = Handle(pipe, "shard", f"shard over {processes()} processes")
+    cuda = torch.device(pipe.device).type == "cuda"
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=minutes))
+    mesh = init_device_mesh("cuda" if cuda else "cpu", (processes(),))
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    model, t5 = pipe.model, pipe.text.t5
+    encoder: Any = t5
+    blocks = [*model.double_blocks, *model.single_blocks, *encoder.encoder.block]
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+
+    def restore() -> None:
+        whole = Flux(model.config)
+        whole.load_state_dict({name: _full(tensor) for name, tensor in model.state_dict().items()}, assign=True)
+        pipe.model = whole.eval().requires_grad_(False)
+        words = type(encoder)(encoder.config)
+        words.load_state_dict({name: _full(tensor) for name, tensor in encoder.state_dict().items()}, assign=True)
+        pipe.text.t5 = words.eval().requires_grad_(False)
+
+    handle.later(restore)
+    return handle.on()
+
+
+def _full(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,0 +1,394 @@
+"""What fluxlab.speed puts on: the same pictures, each taken off again, alone and together."""
+
+import os
+import subprocess
+import sys
+from itertools import combinations, permutations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch._dynamo.testing import CompileCounter
+
+import fluxlab as fl
+from fluxlab.pipeline.schedule import schedule
+
+PROMPTS = ["a small red circle left of a large blue square on a white background", "a large star on a navy background"]
+PUT = {
+    "quantize": fl.speed.quantize,
+    "compile": lambda pipe: fl.speed.compile(pipe, backend="eager"),
+    "modulation_ahead": fl.speed.modulation_ahead,
+    "cache_steps": lambda pipe: fl.speed.cache_steps(pipe, 0.3),
+}
+
+
+@pytest.fixture
+def pipe():
+    """One of its own: a test that fails must not leave anything on."""
+    return fl.load("flux-tiny-dev")
+
+
+def painted(pipe, prompt=PROMPTS[0], **options):
+    found = pipe(prompt, **{"seed": 3, "num_steps": 8, "progress": False} | options)
+    return np.stack([np.asarray(each).astype(int) for each in (found if isinstance(found, list) else [found])])
+
+
+def far(a, b):
+    return np.abs(a - b).max()
+
+
+WAYS = {
+    "one": {},
+    "several prompts": {"prompt": PROMPTS, "seed": [3, 4]},
+    "a batch": {"seed": [3, 4, 5]},
+    "true CFG": {"true_cfg": 2.0, "negative_prompt": "a ring"},
+    "image to image": {"image": Image.new("RGB", (128, 128), "red"), "strength": 0.6},
+    "another size": {"height": 128, "width": 192},
+}
+
+
+@pytest.mark.parametrize("release", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_modulation_ahead_paints_the_same(pipe, way, release):
+    plain = painted(pipe, **WAYS[way])
+    live = []
+    pipe.model.time_in.register_forward_hook(lambda *_: live.append(1))
+    with fl.speed.modulation_ahead(pipe, release):
+        assert far(painted(pipe, **WAYS[way]), plain) <= 1
+        painted(pipe, PROMPTS[1])  # another prompt is another loop
+        assert far(painted(pipe, **WAYS[way]), plain) <= 1
+    loops = 3 + 2 * (way == "true CFG")
+    assert len(live) == loops  # once a loop and prompt, in no step
+    assert far(painted(pipe, **WAYS[way]), plain) == 0
+
+
+def test_a_quarter_of_the_weights_leaves_memory(pipe):
+    held = sum(p.numel() for p in pipe.model.parameters() if not p.is_meta)
+    modulation = {row["kind"]: row["parameters"] for row in fl.parameter_table("flux-tiny-dev", "kind")}["modulation"]
+    with fl.speed.modulation_ahead(pipe, release=True):
+        assert sum(p.numel() for p in pipe.model.parameters() if not p.is_meta) == held - modulation
+        painted(pipe)
+        assert sum(p.numel() for p in pipe.model.parameters() if not p.is_meta) == held - modulation
+    assert not any(p.is_meta for p in pipe.model.parameters())
+
+
+def test_a_forward_that_was_not_prepared_runs_as_ever(pipe):
+    inputs = pipe.prepare(PROMPTS, [0, 1], 128, 128)
+    inputs.timesteps = torch.tensor([0.3, 0.7])
+    with torch.no_grad():
+        plain = pipe.model(**inputs.kwargs())
+        with fl.speed.modulation_ahead(pipe):
+            fl.denoise(pipe.model, inputs, schedule(4, 64), progress=False)
+            assert torch.equal(pipe.model(**inputs.kwargs()), plain)  # two times at once
+            inputs.timesteps = torch.tensor([0.123, 0.123])
+            apart = pipe.model(**inputs.kwargs())  # a time of no step
+            with pytest.raises(ValueError, match="txt has shape"):
+                pipe.model(**inputs.kwargs() | {"txt": inputs.txt[:, :, :5]})
+        assert torch.equal(apart, pipe.model(**inputs.kwargs()))
+
+
+def test_what_ahead_computes_is_the_forwards_own(pipe):
+    """Shifts, scales and gates, captured with and without; and what is not made is said."""
+    names = ["vec", "pe", "*_mod.*1", "*.modulation.gate", "final_layer.shift", "velocity"]
+    inputs = pipe.prepare([PROMPTS[0]], [0], 128, 128)
+    times = schedule(3, 64)
+    with fl.capture(pipe.model, names) as plain:
+        fl.denoise(pipe.model, inputs, times, progress=False)
+    with fl.speed.modulation_ahead(pipe):
+        with fl.capture(pipe.model, names) as ahead:
+            fl.denoise(pipe.model, inputs, times, progress=False)
+        with (
+            pytest.raises(ValueError, match="lin was made outside the model's forward"),
+            fl.capture(pipe.model, "*.img_mod.lin"),
+        ):
+            fl.denoise(pipe.model, inputs, times, progress=False)
+        with pytest.raises(ValueError, match="vector_in was made outside"), fl.capture(pipe.model, "vector_in"):
+            fl.denoise(pipe.model, inputs, times, progress=False)
+    for name in plain:
+        for forward in range(3):
+            assert torch.allclose(ahead.stack(name)[forward], plain.stack(name)[forward], atol=2e-4), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda pipe: setattr(pipe, "files", None), "release needs the file"),
+        (lambda pipe: pipe.model.double_blocks[0].img_mod.lin.weight.add_(1), "is not what its file says"),
+    ],
+)
+def test_release_without_the_file_is_refused(pipe, change, message):
+    change(pipe)
+    with pytest.raises(ValueError, match=message):
+        fl.speed.modulation_ahead(pipe, release=True)
+    assert not pipe.speedups
+
+
+def test_release_of_what_is_on_the_disk_is_refused():
+    pipe = fl.load("flux-tiny-dev", low_memory=True)
+    plain = painted(pipe)
+    with pytest.raises(ValueError, match="on the disk already"):
+        fl.speed.modulation_ahead(pipe, release=True)
+    with fl.speed.modulation_ahead(pipe):
+        assert far(painted(pipe), plain) <= 1
+    with pytest.raises(ValueError, match="weights are not in memory"):
+        fl.speed.quantize(pipe)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_threshold_of_nothing_skips_nothing(pipe, way):
+    plain = painted(pipe, **WAYS[way])
+    with fl.speed.cache_steps(pipe, 0) as cached:
+        assert far(painted(pipe, **WAYS[way]), plain) == 0
+    assert cached.skipped == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_skipped_steps_are_counted_and_run_one_block(pipe, way):
+    plain = painted(pipe, num_steps=20, **WAYS[way])
+    runs = {"first": 0, "other": 0, "last": 0}
+
+    def count(name, module):
+        inner = module.attend if name != "last" else module.branches
+
+        def counted(*args):
+            runs[name] += 1
+            return inner(*args)
+
+        setattr(module, "attend" if name != "last" else "branches", counted)
+
+    for name, module in zip(runs, (*pipe.model.double_blocks, pipe.model.single_blocks[-1]), strict=True):
+        count(name, module)
+    with fl.speed.cache_steps(pipe, 0.1) as cached:
+        found = painted(pipe, num_steps=20, **WAYS[way])
+        assert 0 < cached.skipped < cached.forwards == runs["first"]
+        assert runs["other"] == runs["last"] == cached.forwards - cached.skipped
+        assert 0 < np.abs(found - plain).mean() < 3  # nearly the same picture
+        info = pipe(PROMPTS[0], num_steps=20, progress=False).info["speed"]
+        assert info == f"cache_steps(0.1): {cached.skipped} of 20 forwards skipped"
+    assert far(painted(pipe, num_steps=20, **WAYS[way]), plain) == 0
+
+
+def test_a_cached_loop_remembers_no_other(pipe):
+    """The same loop twice, another between: bit for bit."""
+    with fl.speed.cache_steps(pipe, 0.2):
+        once = painted(pipe)
+        painted(pipe, PROMPTS[1])
+        painted(pipe, height=64, width=64)
+        assert far(painted(pipe), once) == 0
+
+
+def test_skipping_by_hand(pipe):
+    """With a huge threshold only the first forward runs whole; the second adds what the others did in it."""
+    model, inputs = pipe.model, pipe.prepare([PROMPTS[0]], [0], 128, 128)
+    second = inputs.img + 0.01
+    with torch.no_grad(), fl.capture(model, ["double_blocks.0.*.output", "single_blocks.3.output"]) as tape:
+        model(**inputs.kwargs())
+    with torch.no_grad(), fl.capture(model, ["double_blocks.0.*.output", "vec"]) as tape2:
+        model(**inputs.kwargs() | {"img": second, "timesteps": torch.tensor([0.9])})
+    first = [torch.cat([each[f"double_blocks.0.{s}.output"] for s in ("txt", "img")], 1) for each in (tape, tape2)]
+    with torch.no_grad():
+        x = first[1] + tape["single_blocks.3.output"] - first[0]
+        by_hand = model.final_layer(x[:, 32:], tape2["vec"])
+        with fl.speed.cache_steps(pipe, 1e9):
+            model(**inputs.kwargs())
+            found = model(**inputs.kwargs() | {"img": second, "timesteps": torch.tensor([0.9])})
+    assert torch.allclose(found, by_hand, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8 dynamic"])
+def test_quantized_weights_are_small_and_paint_nearly_the_same(pipe, kind, capfd):
+    plain = painted(pipe, num_steps=20)
+    linears = [
+        m
+        for b in (*pipe.model.double_blocks, *pipe.model.single_blocks)
+        for m in b.modules()
+        if isinstance(m, torch.nn.Linear)
+    ]
+    numbers = sum(m.weight.numel() for m in linears)
+    with fl.speed.quantize(pipe, kind):
+        found = painted(pipe, num_steps=20)
+        assert far(found, plain) > 0
+        assert np.abs(found - plain).mean() < 3
+        stored = sum(sum(t.nbytes for t in _stored(m.weight)) for m in linears)
+        assert stored < 1.04 * numbers  # a byte each, and a scale a row
+    assert far(painted(pipe, num_steps=20), plain) == 0
+    assert not capfd.readouterr().err
+
+
+def _stored(weight):
+    names, _ = weight.__tensor_flatten__()
+    return [getattr(weight, name) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("int4", "kind is 'int4'; there are 'int8'"), ("fp8", "fp8 needs a GPU")]
+)
+def test_what_there_is_not_is_refused(pipe, kind, message):
+    with pytest.raises(ValueError, match=message):
+        fl.speed.quantize(pipe, kind)
+    assert not pipe.speedups
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_compiling_is_for_another_size_alone(pipe):
+    """One program for each kind of block; none for another prompt, seed or step; one more for all other sizes."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    plain = painted(pipe), painted(pipe, height=96, width=96)
+    with fl.speed.compile(pipe, backend=counter):
+        assert far(painted(pipe), plain[0]) == 0
+        once = counter.frame_count
+        assert once == 2
+        painted(pipe, PROMPTS[1], seed=9, num_steps=3)
+        assert counter.frame_count == once
+        assert far(painted(pipe, height=96, width=96), plain[1]) <= 1
+        variable = counter.frame_count
+        assert once < variable <= 2 * once + 1  # PyTorch may take the double block twice
+        painted(pipe, height=96, width=160)
+        assert counter.frame_count == variable
+    assert far(painted(pipe), plain[0]) == 0
+    assert counter.frame_count == variable
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_capture_on_a_compiled_model_sees_all(pipe):
+    torch.compiler.reset()
+    with fl.capture(pipe.model, "double_blocks.1.*") as plain:
+        painted(pipe, num_steps=2)
+    with fl.speed.compile(pipe, backend="eager"):
+        painted(pipe, num_steps=2)
+        with fl.capture(pipe.model, "double_blocks.1.*") as found:
+            painted(pipe, num_steps=2)
+    assert [*found] == [*plain]
+    assert all(torch.equal(found.stack(name), plain.stack(name)) for name in plain)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("together", [c for n in (2, 3, 4) for c in combinations(PUT, n)], ids="+".join)
+def test_they_go_together(pipe, together):
+    torch.compiler.reset()
+    plain = painted(pipe)
+    alone = plain
+    handles = []
+    for name in together:
+        handles.append(PUT[name](pipe))
+        if name in ("quantize", "cache_steps"):
+            alone = None  # other pictures, if only a little
+    found = painted(pipe)
+    assert np.abs(found - plain).mean() < 3
+    if alone is not None:
+        assert far(found, plain) <= 1
+    if "cache_steps" in together:
+        assert handles[-1].skipped > 0
+    for handle in reversed(handles):
+        handle.undo()
+    assert far(painted(pipe), plain) == 0
+    assert not pipe.speedups
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(a, b) for a, b in permutations(PUT, 2) if [*PUT].index(a) > [*PUT].index(b)]
+)
+def test_another_order_is_refused(pipe, first, second):
+    with PUT[first](pipe):
+        with pytest.raises(ValueError, match=f"{first} is on this pipeline already, and {second} comes before it"):
+            PUT[second](pipe)
+        assert len(pipe.speedups) == 1
+
+
+@pytest.mark.parametrize("name", PUT)
+def test_twice_is_refused_and_so_is_undoing_in_another_order(pipe, name):
+    handle = PUT[name](pipe)
+    with pytest.raises(ValueError, match="undo that first"):
+        PUT[name](pipe)
+    if name != "cache_steps":
+        last = PUT["cache_steps"](pipe)
+        with pytest.raises(ValueError, match=f"cache_steps was put on after {name}; undo that first"):
+            handle.undo()
+        last.undo()
+    handle.undo()
+    with pytest.raises(ValueError, match="is off already"):
+        handle.undo()
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("name", ["compile", "modulation_ahead", "cache_steps"])
+def test_a_model_compiled_whole_goes_with_quantize_alone(pipe, name):
+    torch.compiler.reset()
+    plain = painted(pipe)
+    with fl.speed.quantize(pipe), fl.speed.compile(pipe, whole=True, backend="eager"):
+        assert np.abs(painted(pipe) - plain).mean() < 3
+    with fl.speed.compile(pipe, whole=True, backend="eager"):
+        assert far(painted(pipe), plain) == 0
+        with pytest.raises(ValueError, match="undo that first"):
+            PUT[name](pipe)
+
+
+@pytest.mark.parametrize("threshold", [-1, float("nan"), float("inf"), "0.1"])
+@pytest.mark.usefixtures("as_users_run_it")
+def test_no_such_threshold(pipe, threshold):
+    with pytest.raises(ValueError, match="threshold is"):
+        fl.speed.cache_steps(pipe, threshold)
+
+
+def test_sharding_one_process_is_refused(pipe):
+    with pytest.raises(ValueError, match="this is one process; start several: torchrun"):
+        fl.speed.shard(pipe)
+
+
+def torchrun(folder, *arguments, number=2, module=("-m", "fluxlab")):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *module, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
+    )
+
+
+def test_two_processes_paint_the_same_picture(pipe, tmp_path):
+    arguments = ["generate", PROMPTS[0], "--steps", "4", "--output", str(tmp_path / "x.png")]
+    ran = torchrun(tmp_path, *arguments)
+    assert ran.returncode == 0, ran.stderr
+    assert far(np.asarray(Image.open(tmp_path / "x.png")).astype(int)[None], painted(pipe, seed=0, num_steps=4)) <= 1
+    assert Image.open(tmp_path / "x.png").info["speed"] == "shard over 2 processes"
+    assert ran.stdout.count("128 x 128 pixels") == 1
+
+
+SCRIPT = """
+import os, sys
+import numpy as np, torch
+import fluxlab as fl
+pipe = fl.load("flux-tiny-dev")
+def paint():
+    return np.asarray(pipe({prompt!r}, num_steps=8, seed=3, progress=False)).astype(int)
+plain, held = paint(), sum(p.numel() for p in pipe.model.parameters())
+blocks = sum(p.numel() for b in (*pipe.model.double_blocks, *pipe.model.single_blocks) for p in b.parameters())
+handle = fl.speed.shard(pipe)
+own = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in pipe.model.parameters())
+assert abs(own - (held - blocks / 2)) < 0.01 * held, (own, held, blocks)
+assert abs(paint() - plain).max() <= 1
+with fl.speed.modulation_ahead(pipe), fl.speed.cache_steps(pipe, 0.3) as cached:
+    assert abs(paint() - plain).mean() < 3 and cached.skipped
+handle.undo()
+assert abs(paint() - plain).max() == 0
+print("fine")
+"""
+
+
+def test_each_process_holds_half_and_it_comes_off_again(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT.format(prompt=PROMPTS[0]))
+    ran = torchrun(tmp_path, module=["script.py"])
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("fine") == 2
+
+
+def test_a_process_that_dies_ends_the_run(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import os\nimport fluxlab as fl\nfrom fluxlab.cli import app\n"
+        "if os.environ['RANK'] == '1':\n    fl.Pipeline.decode = lambda *_: os._exit(3)\n"
+        f"app(['generate', {PROMPTS[0]!r}, '--output', 'x.png', '--steps', '2'])\n"
+    )
+    ran = torchrun(tmp_path, module=["script.py"])
+    assert ran.returncode != 0
+    assert "exitcode  : 3" in ran.stderr
+    assert "another process of this run ended" in ran.stderr or "SIGTERM" in ran.stderr

@@ -57,6 +57,4 @@ screenshots: .venv/.installed browser
 	FLUXLAB_SCREENSHOTS=exported $(BIN)/pytest tests/onnx/test_netron.py -k double-block
 
 bench: .venv/.installed
-	$(REUSE) $(BIN)/python -m tests.benchmarks.blocks
-	$(BIN)/python -m tests.benchmarks.little_memory
-	$(REUSE) $(BIN)/python -m tests.benchmarks.chapters
+	$(REUSE) $(BIN)/python -m tests.benchmarks $(ARGS)

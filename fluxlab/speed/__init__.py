@@ -6,8 +6,8 @@ of a ``with`` block. What was put on last comes off first. On one pipeline, in t
     quantize   compile   modulation_ahead   cache_steps
 
 all of them go together, each at most once. ``shard`` goes with ``modulation_ahead`` and ``cache_steps``, put on after
-it, and not with ``quantize`` and ``compile``; ``compile(whole=True)`` goes with ``quantize`` alone. What does not go
-together, or comes in another order, is refused in a sentence.
+it, and not with ``quantize`` and ``compile``; ``compile(whole=True)`` does not go with ``cache_steps``. What does not
+go together, or comes in another order, is refused in a sentence.
 """
 
 from fluxlab.speed.ahead import modulation_ahead

@@ -47,6 +47,8 @@ def modulation_ahead(pipe: Pipeline, release: bool = False) -> Handle:
     if release:
         _release(handle, pipe, layers)
     state = _State(model, layers)
+    for whole in (on for on in pipe.speedups if on.kind == "compile whole"):
+        state.rest = torch.compile(state.tokens, **whole.options)
     handle.put(model, state.forward)
     for module in layers:
         handle.put(module, state.modulation(module))
@@ -100,6 +102,7 @@ class _State:
     def __init__(self, model: Any, layers: list[Any]) -> None:
         self.model, self.layers, self.plain = model, layers, model.forward
         self.loops: list[_Loop] = []
+        self.rest = self.tokens
         self.active = False
         self.now = torch.empty(0)  # the row of the step that runs, at one place, so that compiled blocks find it
 
@@ -155,16 +158,20 @@ class _State:
         self.active = True
         try:
             img, _ = model.see("img", img), model.see("timesteps", timesteps)
-            vec, pe = model.see("vec", loop.vec[rows]), model.see("pe", loop.pe)
-            img, txt = model.img_in(img), loop.txt
-            for block in model.double_blocks:
-                img, txt = block(img, txt, vec, pe)
-            x = torch.cat((txt, img), dim=1)
-            for block in model.single_blocks:
-                x = block(x, vec, pe)
-            return model.see("velocity", model.final_layer(x[:, txt.shape[1] :], vec))
+            return self.rest(img, loop.txt, model.see("vec", loop.vec[rows]), model.see("pe", loop.pe))
         finally:
             self.active = False
+
+    def tokens(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
+        """The rest of the forward."""
+        model = self.model
+        img = model.img_in(img)
+        for block in model.double_blocks:
+            img, txt = block(img, txt, vec, pe)
+        x = torch.cat((txt, img), dim=1)
+        for block in model.single_blocks:
+            x = block(x, vec, pe)
+        return model.see("velocity", model.final_layer(x[:, txt.shape[1] :], vec))
 
 
 def _release(handle: Handle, pipe: Pipeline, layers: list[Any]) -> None:

@@ -9,8 +9,11 @@ from torch import nn
 
 from fluxlab.pipeline.pipeline import Pipeline
 
-ORDER = ("shard", "quantize", "compile", "compile whole", "modulation_ahead", "cache_steps")
-APART = ({"shard", "quantize"}, {"shard", "compile"})  # what does not go together; and a model compiled whole with none
+_ORDER = ("shard", "quantize", "compile", "compile whole", "modulation_ahead", "cache_steps")
+_APART = (  # what does not go together
+    *({"shard", other} for other in ("quantize", "compile", "compile whole")),
+    *({"compile whole", other} for other in ("compile", "cache_steps")),
+)
 
 
 class Handle:
@@ -18,13 +21,13 @@ class Handle:
 
     def __init__(self, pipe: Pipeline, kind: str, said: str) -> None:
         self.pipe, self.kind, self.said = pipe, kind, said
+        self.options: dict[str, Any] = {}
         self._stack = ExitStack()
         on = [handle.kind for handle in pipe.speedups]
-        if later := [other for other in on if ORDER.index(other) >= ORDER.index(kind)]:
+        if later := [other for other in on if _ORDER.index(other) >= _ORDER.index(kind)]:
             raise ValueError(f"{later[-1]} is on this pipeline already, and {kind} comes before it: undo that first")
         for other in on:
-            whole = "compile whole" in (kind, other) and {kind, other} != {"compile whole", "quantize"}
-            if {kind, other} in APART or whole:
+            if {kind, other} in _APART:
                 raise ValueError(f"{kind} does not go with {other}, which is on this pipeline; undo that first")
 
     def put(self, module: nn.Module, forward: Callable[..., Any]) -> None:

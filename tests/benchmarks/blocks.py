@@ -1,24 +1,18 @@
-"""`make bench`: a double block, a single block and a model of one each, at full width, beside diffusers'.
+"""A double block, a single block and a model of one each, at full width, beside diffusers' on the same weights.
 
 The floor is what no arrangement of a block can do without: its matrix products, with their biases, and its attention.
-All have the same weights and run in turn, so that a machine that slows down slows all of them. Times are medians, and
-ratios are medians of the ratios round by round: the figures that matter, of one run on one processor. Run it on a quiet
-machine. The Makefile has the C library keep freed memory for the next run: else the pages of large tensors, fetched
-anew each time, drown all the rest.
 """
 
 from __future__ import annotations
 
-import argparse
-import platform
+import math
 import statistics
-import time
-from collections.abc import Callable
 from itertools import accumulate
 
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+from torch import nn
 from torch.nn import functional as F
 from torch.profiler import profile
 
@@ -26,38 +20,33 @@ import fluxlab as fl
 from fluxlab.model.rope import EmbedND
 from fluxlab.weights.convert import diffusers_config
 from fluxlab.weights.layouts import to_diffusers
+from tests.benchmarks.timing import DEVICE, FAST, Run, compare, measure, told
 
 CONFIG = fl.FluxConfig(depth=1, depth_single_blocks=1)
 SIZES = ((1024, 512), (256, 512))
-Run = Callable[[], object]
 
 
-def models(dtype):
+def models(dtype, config=CONFIG):
     """Ours and theirs, with the same random weights."""
     torch.manual_seed(0)
-    ours = fl.Flux(CONFIG).to(dtype).eval()
+    ours = fl.Flux(config).to(DEVICE, dtype).eval()
     with torch.device("meta"):
-        theirs = FluxTransformer2DModel.from_config(diffusers_config(CONFIG))
-    theirs.load_state_dict(to_diffusers(ours.state_dict(), CONFIG), assign=True)
+        theirs = FluxTransformer2DModel.from_config(diffusers_config(config))
+    theirs.load_state_dict(to_diffusers(ours.state_dict(), config), assign=True)
     return ours, theirs.eval()
 
 
-def runs(dtype, image, text) -> dict[str, dict[str, Run]]:
-    """For each kind of block, and for the whole: ours, diffusers', and the floor."""
-    model, theirs = models(dtype)
-    c = CONFIG
-    side = int(image**0.5)
-    inputs = fl.example_inputs("flux-dev", 16 * side, 16 * side, dtype=dtype)
+def example(image, text, dtype):
+    """Inputs of so many tokens, ours and as diffusers takes them."""
+    side = 16 * math.isqrt(image)
+    inputs = fl.example_inputs("flux-dev", side, side, dtype=dtype, device=DEVICE)
     inputs.txt, inputs.txt_ids = inputs.txt[:, :text], inputs.txt_ids[:, :text]
     given = (inputs.img, inputs.txt, inputs.y, inputs.timesteps, inputs.img_ids[0], inputs.txt_ids[0], inputs.guidance)
-    img, txt = torch.randn(1, image, c.hidden_size, dtype=dtype), torch.randn(1, text, c.hidden_size, dtype=dtype)
-    vec = torch.randn(1, c.hidden_size, dtype=dtype)
-    ids = torch.cat((inputs.txt_ids, inputs.img_ids), dim=1)
-    pe, rotary = EmbedND(c.theta, c.axes_dim)(ids), FluxPosEmbed(c.theta, list(c.axes_dim))(ids[0])
-    both = torch.cat((txt, img), dim=1)
-    q, k, v = torch.randn(3, 1, c.num_heads, image + text, c.head_dim, dtype=dtype).unbind(0)
-    double, double_theirs = model.double_blocks[0], theirs.transformer_blocks[0]
-    single, single_theirs = model.single_blocks[0], theirs.single_transformer_blocks[0]
+    return inputs, given
+
+
+def floor(module: nn.Module, image: int, text: int, c: fl.FluxConfig, dtype, attentions: int, batch: int = 1) -> Run:
+    """Its products and attentions alone."""
 
     def rows(name: str) -> int:
         """How many tokens the Linear of this name sees."""
@@ -67,39 +56,60 @@ def runs(dtype, image, text) -> dict[str, dict[str, Run]]:
             return image + text
         return text if "txt" in name else image
 
-    def floor(module: torch.nn.Module, attentions: int) -> Run:
-        linears = [(n, m) for n, m in module.named_modules() if isinstance(m, torch.nn.Linear)]
-        products = [(m, torch.randn(rows(n), m.in_features, dtype=dtype)) for n, m in linears]
+    linears = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear)]
+    products = [(m, torch.randn(rows(n), m.in_features, dtype=dtype, device=DEVICE)) for n, m in linears]
+    shape = batch, c.num_heads, image + text, c.head_dim
+    q, k, v = (torch.randn(shape, dtype=dtype, device=DEVICE) for _ in range(3))
 
-        def run() -> None:
-            for linear, x in products:
-                linear(x)
-            for _ in range(attentions):
-                F.scaled_dot_product_attention(q, k, v)
+    def run() -> None:
+        for linear, x in products:
+            linear(x)
+        for _ in range(attentions):
+            F.scaled_dot_product_attention(q, k, v)
 
-        return run
+    return run
 
+
+def runs(dtype, image, text) -> dict[str, dict[str, Run]]:
+    """For each kind of block, and for the whole: ours, diffusers', and the floor."""
+    model, theirs = models(dtype)
+    c, (inputs, given) = CONFIG, example(image, text, dtype)
+    like = {"dtype": dtype, "device": DEVICE}
+    img, txt = torch.randn(1, image, c.hidden_size, **like), torch.randn(1, text, c.hidden_size, **like)
+    vec = torch.randn(1, c.hidden_size, **like)
+    ids = torch.cat((inputs.txt_ids, inputs.img_ids), dim=1)
+    pe, rotary = EmbedND(c.theta, c.axes_dim)(ids).to(DEVICE), FluxPosEmbed(c.theta, list(c.axes_dim))(ids[0])
+    both = torch.cat((txt, img), dim=1)
+    double, double_theirs = model.double_blocks[0], theirs.transformer_blocks[0]
+    single, single_theirs = model.single_blocks[0], theirs.single_transformer_blocks[0]
+    parts = {"double": (double, 1), "single": (single, 1), "whole": (model, 2)}
+    floors = {name: floor(part, image, text, c, dtype, n) for name, (part, n) in parts.items()}
     return {
         "double": {
             "ours": lambda: double(img, txt, vec, pe),
             "diffusers": lambda: double_theirs(img, txt, vec, rotary)[::-1],
-            "floor": floor(double, 1),
+            "floor": floors["double"],
         },
         "single": {
             "ours": lambda: single(both, vec, pe),
             "diffusers": lambda: torch.cat(single_theirs(img, txt, vec, rotary), dim=1),
-            "floor": floor(single, 1),
+            "floor": floors["single"],
         },
         "whole": {
             "ours": lambda: model(**inputs.kwargs()),
             "diffusers": lambda: theirs(*given).sample,
-            "floor": floor(model, 2),
+            "floor": floors["whole"],
         },
     }
 
 
 def peak_memory(run: Run) -> float:
     """MiB that one run holds at its peak beside what it was given, as torch's allocator saw it."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     with profile(profile_memory=True) as profiled:
         run()
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -107,68 +117,112 @@ def peak_memory(run: Run) -> float:
     return max(accumulate(changes, initial=0)) / 2**20
 
 
-def measure(kinds: dict[str, Run], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each run, taken in turn after one warm-up, at least 15 times each."""
-    for run in kinds.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in kinds}
-    end = time.perf_counter() + seconds
-    while len(times["floor"]) < 15 or time.perf_counter() < end:
-        for name, run in kinds.items():
-            start = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return times
-
-
-@torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60, help="how long each row is timed, at least")
-    seconds = parser.parse_args().seconds
-    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(
-        "\n                          median ms (spread of the middle half)               ours to     "
-        "outside the floor          peak MiB\n"
-        "block   dtype    tokens    ours             diffusers        floor            diffusers   "
-        "ours    theirs   ratio     ours  theirs"
-    )
-    for dtype in (torch.bfloat16, torch.float32):
-        for image, text in SIZES:
-            for block, kinds in runs(dtype, image, text).items():
-                report(block, dtype, image, text, kinds, seconds)
-
-
-def processor() -> str:
-    """Its name, where the system tells it."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def report(block, dtype, image, text, kinds, seconds) -> None:
+def check(block: str, dtype, kinds: dict[str, Run]) -> None:
+    """Two that differ are not compared."""
     ours, theirs = kinds["ours"](), kinds["diffusers"]()
     pairs = zip(*((out if isinstance(out, tuple) else (out,)) for out in (ours, theirs)), strict=True)
     error = max(((a - b).norm() / b.norm()).item() for a, b in pairs)
     # in bfloat16 diffusers rounds the time and the guidance, ours does not
     most = 1e-5 if dtype is torch.float32 else 1e-1 if block == "whole" else 2e-2
-    assert error < most, f"the two differ by {error:.1e}: nothing to compare"
-    del ours, theirs, pairs
-    memory = {name: peak_memory(kinds[name]) for name in ("ours", "diffusers")}
-    times = measure(kinds, seconds)
-    row = f"{block:7} {str(dtype)[6:]:8} {image}+{text}".ljust(27)
-    for values in times.values():
-        low, middle, high = statistics.quantiles(values, n=4)
-        row += f"{middle:6.1f} (±{(high - low) / 2:5.1f})  "
-    rounds = list(zip(times["ours"], times["diffusers"], times["floor"], strict=True))
-    row += f"{statistics.median(a / b for a, b, _ in rounds):8.3f}   "
-    outside = [statistics.median((row[i] - row[2]) / row[i] for row in rounds) for i in (0, 1)]
-    excess = [statistics.median(row[i] - row[2] for row in rounds) for i in (0, 1)]
-    row += "".join(f"{share:7.1%}  " for share in outside) + f"{excess[0] / excess[1]:6.2f}    "
-    print(row + "  ".join(f"{m:5.0f}" for m in memory.values()), flush=True)
+    assert error < (most if DEVICE == "cpu" else 1e-1), f"the two differ by {error:.1e}: nothing to compare"
 
 
-if __name__ == "__main__":
-    main()
+@torch.no_grad()
+def forward(quick: bool) -> None:
+    """Eager, and the whole compiled."""
+    seconds, least = (4, 3) if quick else (25, 8)
+    sizes = SIZES[1:] if quick else SIZES
+    for dtype in (torch.bfloat16,) if DEVICE == "cuda" else (torch.bfloat16, torch.float32):
+        for image, text in sizes:
+            for block, kinds in runs(dtype, image, text).items():
+                if quick and block != "whole":
+                    continue
+                check(block, dtype, kinds)
+                memory = [round(peak_memory(kinds[name])) for name in ("ours", "diffusers")]
+                times = measure(kinds, seconds, least)
+                shares = [
+                    statistics.median((a - b) / a for a, b in zip(times[name], times["floor"], strict=True))
+                    for name in ("ours", "diffusers")
+                ]
+                outside = " and ".join(f"{share:.1%}" for share in shares)
+                what = f"{block}, {str(dtype)[6:]}, {image} + {text}"
+                more = {"outside the floor": outside, "peak MiB": " and ".join(map(str, memory))}
+                compare("forward", what, times, "ours", "diffusers", **more)
+
+
+@torch.no_grad()
+def compiled(quick: bool) -> None:
+    """The whole, each compiled by blocks and whole, beside diffusers' eager."""
+    for dtype in [getattr(torch, FAST)] if quick else [torch.bfloat16, torch.float32]:
+        for image, text in SIZES[1:] if quick else SIZES:
+            torch.compiler.reset()
+            model, theirs = models(dtype)
+            inputs, given = example(image, text, dtype)
+            ours, compiled_theirs = torch.compile(model), torch.compile(theirs)
+            kinds: dict[str, Run] = {
+                "ours compiled": lambda ours=ours, inputs=inputs: ours(**inputs.kwargs()),
+                "diffusers compiled": lambda them=compiled_theirs, given=given: them(*given).sample,
+                "diffusers": lambda them=theirs, given=given: them(*given).sample,
+            }
+            times = measure(kinds, 4 if quick else 25, 3 if quick else 8)
+            what = f"whole, {str(dtype)[6:]}, {image} + {text}"
+            compare("compiled", what, times, "ours compiled", "diffusers compiled")
+            compare("compiled", what, times, "ours compiled", "diffusers")
+
+
+@torch.no_grad()
+def int8(quick: bool) -> None:
+    """The whole at full width, with 8-bit weights, beside itself."""
+    from fluxlab.speed.quantized import quantize
+
+    for kind in ("int8", "int8 dynamic"):
+        dtype = getattr(torch, FAST)
+        model, _ = models(dtype)
+        other, _ = models(dtype)
+        inputs, _ = example(256, 512, dtype)
+        before = sum(p.nbytes for p in model.parameters())
+        pipe = fl.Pipeline(fl.VARIANTS["flux-dev"], other, None, None, DEVICE, dtype)  # type: ignore[arg-type]
+        quantize(pipe, kind)
+        kinds: dict[str, Run] = {
+            kind: lambda other=other, inputs=inputs: other(**inputs.kwargs()),
+            FAST: lambda model=model, inputs=inputs: model(**inputs.kwargs()),
+        }
+        times = measure(kinds, 2 if quick else 15, 3 if quick else 8)
+        compare("int8", "whole, 256 + 512", times, kind, FAST, weights=f"{stored(other) / before:.2f}")
+
+
+def stored(model: nn.Module) -> int:
+    """Bytes of its weights, quantized ones too."""
+    total = 0
+    for p in model.parameters():
+        parts = [getattr(p, name) for name in p.__tensor_flatten__()[0]] if hasattr(p, "__tensor_flatten__") else [p]
+        total += sum(part.nbytes for part in parts)
+    return total
+
+
+@torch.no_grad()
+def scaling(quick: bool) -> None:
+    """How a forward's time grows with the tokens, beside how its operations do."""
+    dtype = getattr(torch, FAST)
+    model, _ = models(dtype)
+    totals, milliseconds, operations = [], [], []
+    for image in (256, 1024) if quick else (256, 1024, 4096):
+        inputs, _ = example(image, 1, dtype)
+        times = measure({"ours": lambda inputs=inputs: model(**inputs.kwargs())}, 1, 3)["ours"]
+        side = 16 * math.isqrt(image)
+        c = CONFIG
+        blocks = (
+            2
+            * image
+            * sum(
+                m.weight.numel()
+                for n, m in model.named_modules()
+                if isinstance(m, nn.Linear) and "txt" not in n and "mod" not in n
+            )
+        )
+        totals.append(math.log(image))
+        milliseconds.append(math.log(statistics.median(times)))
+        operations.append(math.log(blocks + 2 * 4 * image**2 * c.hidden_size))
+        told("scaling", f"{image} image tokens ({side} x {side} pixels), {FAST}", ms=round(statistics.median(times), 1))
+    slopes = [statistics.linear_regression(totals, ys).slope for ys in (milliseconds, operations)]
+    told("scaling", "fitted exponent", time=round(slopes[0], 2), operations=round(slopes[1], 2))

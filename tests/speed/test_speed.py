@@ -313,12 +313,18 @@ def test_twice_is_refused_and_so_is_undoing_in_another_order(pipe, name):
 
 
 @pytest.mark.usefixtures("as_users_run_it")
-@pytest.mark.parametrize("name", ["compile", "modulation_ahead", "cache_steps"])
-def test_a_model_compiled_whole_goes_with_quantize_alone(pipe, name):
+@pytest.mark.parametrize("name", ["compile", "cache_steps"])
+def test_a_model_compiled_whole_goes_with_quantize_and_ahead(pipe, name):
     torch.compiler.reset()
     plain = painted(pipe)
     with fl.speed.quantize(pipe), fl.speed.compile(pipe, whole=True, backend="eager"):
         assert np.abs(painted(pipe) - plain).mean() < 3
+    counter = CompileCounter()
+    with fl.speed.compile(pipe, whole=True, backend=counter), fl.speed.modulation_ahead(pipe):
+        assert far(painted(pipe), plain) <= 1
+        assert counter.frame_count == 1
+        assert far(painted(pipe, num_steps=3), painted(pipe, num_steps=3)) == 0
+        assert counter.frame_count == 1
     with fl.speed.compile(pipe, whole=True, backend="eager"):
         assert far(painted(pipe), plain) == 0
         with pytest.raises(ValueError, match="undo that first"):

@@ -1,4 +1,4 @@
-"""`make bench`: what a forward takes of memory and of time where its weights stay in their file, or stay quantized.
+"""What a forward takes of memory and of time where its weights stay in their file, or stay quantized.
 
 A transformer of full width, of fewer blocks, is written with random numbers: in bfloat16, and as GGUF in Q8_0 and
 Q4_0. Each way to load it runs in a process of its own. Its own memory is what the system calls anonymous: pages of
@@ -19,6 +19,7 @@ from gguf.quants import quantize
 
 import fluxlab as fl
 from fluxlab.files import stream_tensors
+from tests.benchmarks.timing import FAST, told
 
 DEPTHS = {"depth": 1, "depth_single_blocks": 3}
 RUN = """
@@ -75,23 +76,19 @@ def write_all(folder: Path) -> dict[str, Path]:
     return paths
 
 
-def main() -> None:
-    """Write, run and print."""
-    dtype = "bfloat16" if "AVX512" in torch.backends.cpu.get_cpu_capability() else "float32"
+def little_memory(quick: bool) -> None:
+    """Write, run and tell."""
     blocks = " + ".join(map(str, DEPTHS.values()))
-    print(f"\nflux-schnell, {blocks} blocks, 256 x 256 pixels, {dtype}, {torch.get_num_threads()} threads")
-    print(f"{'file':10} {'GB':>6} {'loaded':>10} {'own GB':>8} {'s a forward':>12} {'ratio':>7}")
     with tempfile.TemporaryDirectory() as folder:
         usual = 0.0
         for kind, path in write_all(Path(folder)).items():
             for way in ("whole", "low"):
-                command = [sys.executable, "-c", RUN, str(path), dtype, way, repr(DEPTHS)]
+                if quick and (kind, way) not in (("bfloat16", "whole"), ("bfloat16", "low"), ("Q4_0", "low")):
+                    continue
+                command = [sys.executable, "-c", RUN, str(path), FAST, way, repr(DEPTHS)]
                 ran = subprocess.run(command, capture_output=True, text=True, check=True)
-                memory, seconds = map(float, ran.stdout.split())
+                own, seconds = map(float, ran.stdout.split())
                 usual = usual or seconds
-                size = path.stat().st_size / 1e9
-                print(f"{kind:10} {size:6.2f} {way:>10} {memory:8.2f} {seconds:12.2f} {seconds / usual:7.2f}")
-
-
-if __name__ == "__main__":
-    main()
+                what = f"{kind}, {way} memory, {blocks} blocks, 256 x 256, {FAST}"
+                sizes = {"own GB": round(own, 2), "file GB": round(path.stat().st_size / 1e9, 2)}
+                told("memory", what, ratio=round(seconds / usual, 2), to="to bfloat16, whole", **sizes)

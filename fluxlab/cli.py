@@ -192,7 +192,7 @@ def train_tiny(
     run: Annotated[Path, Option(help="Where the training keeps its state; run again, it goes on from there.")],
     output: Annotated[Path | None, Option(help="Where flux-tiny is written when done.")] = None,
     earlier: Annotated[Path | None, Option(help="Folder of a flux-tiny to go on from.")] = None,
-    member: Annotated[str | None, Option(help="A relative instead, from its teacher: fill or kontext.")] = None,
+    member: Annotated[str | None, Option(help="A relative instead, from its teacher: fill, kontext or canny.")] = None,
     seed: Annotated[int, Option(min=0, help="Of everything drawn.")] = 0,
     smoke: Annotated[bool, Option(help="A few steps of every stage, to see that all of it works.")] = False,
 ) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,7 @@ def fit(
     losses: list[float] = []
     began = time.monotonic()
     module.train()
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # QK-norm, under autocast
     with tqdm(range(start, steps), desc=stage, initial=start, total=steps, unit="step", mininterval=10) as bar:
         for step in bar:
             warm, done = min(1.0, (step + 1) / (0.05 * steps + 1)), step / steps

@@ -18,7 +18,7 @@ on the seed, the stage and the step alone.
 
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.distil import distil_guidance, distil_steps
 from fluxlab.tiny.family import MEMBERS
+from fluxlab.tiny.follow import measure_canny, train_canny
 from fluxlab.tiny.measure import measure_all
 from fluxlab.tiny.pictures import USUAL, encode_pictures
 from fluxlab.tiny.recipe import DEV, SCHNELL, Recipe
@@ -120,7 +121,7 @@ def _same_recipe(path: Path, given: dict[str, Any]) -> None:
 def train_member(
     member: str, run: Path, recipe: Recipe | None = None, output: Path | None = None, earlier: Path | None = None
 ) -> None:
-    """Train a relative of flux-tiny, ``fill`` or ``kontext``, on from its teacher; and measure it.
+    """Train a relative of flux-tiny, ``fill``, ``kontext`` or ``canny``, and measure it: a LoRA, where it is canny.
 
     Args:
         member: which one.
@@ -132,16 +133,28 @@ def train_member(
     Raises:
         ValueError: no such member; and as ``train`` does.
     """
-    if member not in MEMBERS:
-        raise ValueError(f"member is {member!r}; there are {' and '.join(MEMBERS)}")
+    if member not in (*MEMBERS, "canny"):
+        raise ValueError(f"member is {member!r}; there are {', '.join(MEMBERS)} and canny")
     with importing():
         import scipy  # noqa: F401
-    chosen, train_it, measure_it = MEMBERS[member]
     run, earlier = run.expanduser(), (earlier or data_folder() / "flux-tiny").expanduser()
     recipe, began = recipe or Recipe(), _fingerprint(earlier)
     run.mkdir(parents=True, exist_ok=True)
     _same_recipe(run / "recipe.json", asdict(recipe) | {"earlier": began, "member": member})
     autoencoder, known = go_on_from(earlier)
+    if member == "canny":
+        dev = earlier / Path(DEV.transformer_file).name
+        tensors = train_canny(run, recipe, autoencoder, known, dev).tensors()
+        if output is not None:
+            output = output.expanduser()
+            _write_record(run, output / "training", (), rows=0, prefix="canny-")
+            write_tensors(tensors, lora := output / "flux-tiny-canny-dev-lora.safetensors")
+            model = load_weights(Flux(DEV.transformer), dev, dtype=torch.float32)
+            pipe = Pipeline(DEV, model, autoencoder, known)
+            pipe.add_lora({lora: 1.0})
+            _write_measures(run, output, member, lambda: measure_canny(pipe, recipe.judged))
+        return
+    chosen, train_it, measure_it = MEMBERS[member]
     model, text = train_it(run, recipe, autoencoder, known, earlier / TEACHER)
     if output is not None:
         output = output.expanduser()
@@ -150,9 +163,13 @@ def train_member(
         if text is not known:
             _write_encoders(text, output / member)
         _write_record(run, output / "training", (member, f"{member}-guidance"), rows=4, prefix=f"{member}-")
-        if not (measures := run / "measures.json").exists():
-            write_text(json.dumps(measure_it(pipe, recipe.judged), indent=1) + "\n", measures)
-        (output / f"training/{member}-measures.json").write_bytes(measures.read_bytes())
+        _write_measures(run, output, member, lambda: measure_it(pipe, recipe.judged))
+
+
+def _write_measures(run: Path, output: Path, member: str, measure: Callable[[], list[dict[str, Any]]]) -> None:
+    if not (measures := run / "measures.json").exists():
+        write_text(json.dumps(measure(), indent=1) + "\n", measures)
+    (output / f"training/{member}-measures.json").write_bytes(measures.read_bytes())
 
 
 def publish(run: Path, output: Path, pipes: list[Pipeline], teacher: Flux) -> None:

@@ -1,5 +1,6 @@
 """The relatives' worlds and judges on pictures whose truth is known; their stages, for two steps each."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -7,19 +8,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.func import functional_call
+from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import fluxlab as fl
 from fluxlab.cli import app
 from fluxlab.config import TINY_FILL, TINY_KONTEXT
+from fluxlab.files import write_tensors
+from fluxlab.pipeline.control import edges
 from fluxlab.tiny.edits import ASKED, KINDS, judge_edit, of_edits, random_edit
 from fluxlab.tiny.family import Edits, Holes, encode_edits, encode_holes, learn_instructions, widened
+from fluxlab.tiny.follow import Adapter
 from fluxlab.tiny.holes import half_around, hole_on, judge_hole, masks_of, random_hole, scenes_with_holes
 from fluxlab.tiny.recipe import SMOKE
 from fluxlab.tiny.train import TEACHER, go_on_from, train_member
 from fluxlab.tiny.truth import OPTIONS, UNASKED
 from fluxlab.tiny.world import random_picture
 from fluxlab.weights.find import data_folder
+from fluxlab.weights.which import which as which_parts
 
 FOLDER = data_folder() / "flux-tiny"
 
@@ -195,6 +202,46 @@ def test_a_relative_is_trained_resumed_measured_and_loads(member, tmp_path, monk
     assert (output / f"flux-tiny-{member}-dev.safetensors").read_bytes() == written
 
 
+def test_the_lora_for_edges_is_trained_and_read_as_published_ones_are(tmp_path):
+    run, output = tmp_path / "run", tmp_path / "out"
+    arguments = ["train-tiny", "--run", str(run), "--output", str(output), "--member", "canny", "--smoke"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    file = output / "flux-tiny-canny-dev-lora.safetensors"
+    (part,) = which_parts(file)
+    assert (part.kind, part.layout) == ("lora", "BFL")
+    told = part.tensors.entries
+    assert told["img_in.lora_A.weight"].shape == (16, 128)
+    assert told["single_blocks.3.linear1.lora_B.bias"].shape == (896,)
+    assert told["double_blocks.1.txt_attn.norm.key_norm.scale"].shape == (32,)
+    pipe = fl.load("flux-tiny-dev", lora={file: 1.0})
+    picture = next(scenes_with_holes(1, half=True))[0]
+    assert pipe("a ring", control=edges(Image.fromarray(picture.pixels)), num_steps=1, progress=False).size == (
+        128,
+        128,
+    )
+    (measures,) = json.loads((output / "training/canny-measures.json").read_text())
+    assert measures["number"] == 2
+
+
+def test_an_adapter_begins_as_the_model_and_is_what_the_file_does(tmp_path):
+    """Its weights in the model, beside the file that it writes put on the model by the pipeline."""
+    pipe = fl.load("flux-tiny-dev")
+    base = copy.deepcopy(pipe.model)
+    base.img_in.weight = torch.nn.Parameter(F.pad(base.img_in.weight, (0, 64)), requires_grad=False)
+    adapter, wide = Adapter(base, 4), fl.Flux(replace(pipe.model.config, in_channels=128))
+    inputs = fl.example_inputs("flux-tiny-dev", 64, 64).kwargs()
+    shown = inputs | {"img": torch.cat((inputs["img"], torch.randn(1, 16, 64)), dim=2)}
+    with torch.no_grad():
+        assert torch.allclose(functional_call(wide, adapter.weights(base), (), shown), pipe.model(**inputs), atol=1e-4)
+        for parameter in adapter.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter)).copy_(parameter.bfloat16())
+        write_tensors(adapter.tensors(), tmp_path / "x.safetensors")
+        ours = functional_call(wide, adapter.weights(base), (), shown)
+        pipe.add_lora({tmp_path / "x.safetensors": 1.0})
+        assert torch.allclose(ours, pipe.model(**shown), rtol=1e-3, atol=1e-3 * ours.abs().max().item())
+
+
 def test_no_such_member(tmp_path):
-    with pytest.raises(ValueError, match="member is 'redux'; there are fill and kontext"):
+    with pytest.raises(ValueError, match="member is 'redux'; there are fill, kontext and canny"):
         train_member("redux", tmp_path)

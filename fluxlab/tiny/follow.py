@@ -1,0 +1,150 @@
+"""flux-tiny-canny-dev: a LoRA that makes flux-tiny-dev follow edges, in the format of the published ones. Chapter 18.
+
+Every Linear gets two matrices of low rank and a bias, ``img_in`` 64 columns for the latent of the edges, and the norms
+scales of their own; flux-tiny-dev itself stays as it is.
+"""
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from tqdm.auto import trange
+
+from fluxlab.config import VARIANTS
+from fluxlab.files import write_tensors
+from fluxlab.model.autoencoder import AutoEncoder
+from fluxlab.model.transformer import Flux
+from fluxlab.pipeline.control import edges
+from fluxlab.pipeline.inputs import FluxInputs
+from fluxlab.pipeline.latents import text_ids, unpack
+from fluxlab.pipeline.pipeline import Pipeline
+from fluxlab.pipeline.shown import Shown
+from fluxlab.pipeline.text import TextEncoders
+from fluxlab.tiny.loop import fit
+from fluxlab.tiny.measure import judge
+from fluxlab.tiny.pictures import USUAL, Pictures, draw, pixels_of, to_float
+from fluxlab.tiny.recipe import Recipe
+from fluxlab.tiny.train_flow import noisy
+from fluxlab.weights.load import load_weights
+
+DEV, CONTROL = VARIANTS["flux-tiny-dev"], 64  # channels more
+
+
+class Adapter(nn.Module):
+    """What the LoRA file holds, for the layers of a model."""
+
+    def __init__(self, model: nn.Module, rank: int) -> None:
+        super().__init__()
+        self.linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        self.scales = [name for name, _ in model.named_parameters() if name.endswith("_norm.scale")]
+        shapes = {name: model.get_parameter(f"{name}.weight").shape for name in self.linears}
+        self.down = nn.ParameterList(torch.randn(rank, columns) / columns**0.5 for _, columns in shapes.values())
+        self.up = nn.ParameterList(torch.zeros(rows, rank) for rows, _ in shapes.values())
+        self.bias = nn.ParameterList(torch.zeros(rows) for rows, _ in shapes.values())
+        self.scale = nn.ParameterList(model.get_parameter(name).detach().clone() for name in self.scales)
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The weights that a model has with it."""
+        found: dict[str, Tensor] = dict(zip(self.scales, self.scale, strict=True))
+        for name, down, up, bias in zip(self.linears, self.down, self.up, self.bias, strict=True):
+            linear: Any = model.get_submodule(name)
+            found |= {f"{name}.weight": linear.weight + up @ down, f"{name}.bias": linear.bias + bias}
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Under the published names."""
+        found = dict(zip(self.scales, self.scale, strict=True))
+        for name, down, up, bias in zip(self.linears, self.down, self.up, self.bias, strict=True):
+            found |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.lora_B.bias": bias}
+        return {name: tensor.detach().to(torch.bfloat16) for name, tensor in found.items()}
+
+
+class EdgedPictures(Pictures):
+    """Batches of what ``encode_edges`` wrote."""
+
+    def __init__(self, run: Path, recipe: Recipe) -> None:
+        super().__init__(run, recipe, "canny", (USUAL,))
+
+    def shown(self, chosen: dict[str, Tensor]) -> Shown:
+        """The edges of each picture."""
+        return Shown.control(unpack(chosen["edges"], *USUAL))
+
+
+def encode_edges(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEncoders) -> None:
+    """The latents of pictures and of their edges, and their captions' tokens."""
+    if (path := run / "canny-{}x{}.safetensors".format(*USUAL)).exists():
+        return
+    drawn = draw(recipe.canny_pictures, *USUAL, (recipe.seed + 5, *USUAL))
+    latents: list[Tensor] = []
+    lines: list[Tensor] = []
+    captions: list[str] = []
+    for _ in trange(0, recipe.canny_pictures, 16, desc=path.stem, unit="batch", mininterval=10):
+        batch = list(islice(drawn, 16))
+        captions += [picture.caption for picture in batch]
+        found = np.stack([np.asarray(edges(Image.fromarray(picture.pixels))) for picture in batch])
+        for kept, pixels in ((latents, pixels_of(batch)), (lines, torch.from_numpy(found).permute(0, 3, 1, 2))):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                kept += [autoencoder.encode(few).half() for few in to_float(pixels).split(4)]
+    t5_ids, clip_ids = (ids.short() for ids in text.tokenize(captions))
+    tensors = {"latents": torch.cat(latents), "edges": torch.cat(lines), "t5_ids": t5_ids, "clip_ids": clip_ids}
+    write_tensors(tensors, path)
+
+
+def train_canny(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEncoders, dev: Path) -> Adapter:
+    """The LoRA, by the flow's own loss, at guidances from 1 to 8."""
+    encode_edges(run, recipe, autoencoder, text)
+    torch.manual_seed(recipe.seed)
+    with torch.device("meta"):
+        model = Flux(DEV.transformer)
+    load_weights(model, dev, dtype=torch.float32)
+    model.img_in.weight = nn.Parameter(F.pad(model.img_in.weight, (0, CONTROL)), requires_grad=False)
+    wide = Flux(replace(DEV.transformer, in_channels=64 + CONTROL))  # for its sizes
+    adapter, pictures = Adapter(model, recipe.canny_rank), EdgedPictures(run, recipe)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        chosen, ids = pictures.batch(generator)
+        clean = chosen["latents"]
+        with torch.no_grad():
+            txt, y = text.encode(chosen["t5_ids"], chosen["clip_ids"])
+        img, t, velocity = noisy(clean, generator, recipe.time_mean, recipe.time_spread)
+        guidance = 1 + 7 * torch.rand(len(clean), generator=generator)
+        inputs = FluxInputs(img, ids, txt, text_ids(*txt.shape[:2]), t, y, guidance)
+        given = pictures.shown(chosen).beside(inputs).kwargs()
+        return F.mse_loss(functional_call(wide, adapter.weights(model), (), given).float(), velocity)
+
+    fit("canny", adapter, loss, recipe.canny_steps, recipe.text_learning_rate, run, recipe)
+    return adapter
+
+
+def measure_canny(pipe: Pipeline, number: int = 128, **options: Any) -> list[dict[str, Any]]:
+    """Of held-out pictures' edges and captions: the overlap of what is painted with the things, and right colours."""
+    rows = []
+    for seed, picture in enumerate(draw(number, *USUAL, 3, held_out=True)):
+        control = edges(Image.fromarray(picture.pixels))
+        prompt = picture.scene.caption()
+        painted: Any = pipe(prompt, control=control, seed=seed, progress=False, **options)
+        pixels = np.asarray(painted)
+        right = judge(pixels, picture.scene)
+        rows.append(
+            {
+                "overlap": _overlap(pixels, picture.masks.max(axis=0) > 0.5),
+                "colour": right["colour"],
+                "all": right["all"],
+            }
+        )
+    return [{"number": number, **options} | {k: round(float(np.mean([r[k] for r in rows])), 4) for k in rows[0]}]
+
+
+def _overlap(pixels: NDArray[np.uint8], things: NDArray[np.bool_]) -> float:
+    """Intersection over union of what differs from the background with the things that the edges are of."""
+    behind = np.median(pixels[~things].astype(float), axis=0)
+    found = np.linalg.norm(pixels - behind, axis=-1) > 60
+    return float((found & things).sum() / (found | things).sum())

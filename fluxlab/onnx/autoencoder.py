@@ -114,8 +114,8 @@ def autoencoder_graph(writer: Writer, c: AutoEncoderConfig, half: str, name: str
         lines.append(f"{half}.active = SiLU({out})")
         return f"{half}.active"
 
-    pixels = helper.make_tensor_value_info("pixels", writer.dtype, ["batch", c.in_channels, "height", "width"])
-    latent = helper.make_tensor_value_info("latent", writer.dtype, ["batch", c.z_channels, "rows", "columns"])
+    pixels = helper.make_tensor_value_info("pixels", writer.dtype, ["B", c.in_channels, "8h", "8w"])
+    latent = helper.make_tensor_value_info("latent", writer.dtype, ["B", c.z_channels, "h", "w"])
     inputs, outputs = ([pixels], [latent]) if half == "encoder" else ([latent], [pixels])
     if half == "encoder":
         moments = through(module, half, "pixels")
@@ -130,4 +130,5 @@ def autoencoder_graph(writer: Writer, c: AutoEncoderConfig, half: str, name: str
         for entry in [autoencoder_entry(key)]
     ]
     doc = f"The VAE's {half} of {name}: 8 times smaller or larger on a side, {c.z_channels} channels"
-    return writer.model(helper.make_graph(writer.nodes("\n".join(lines)), name, inputs, outputs, initializers, doc))
+    graph = helper.make_graph(writer.nodes("\n".join(lines)), half, inputs, outputs, initializers, doc)
+    return writer.model(graph, name)

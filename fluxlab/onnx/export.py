@@ -25,6 +25,8 @@ GRAPHS: dict[str, tuple[str, Part]] = {  # those in exported/, without weights, 
     "flux-dev.onnx": ("flux-dev", "transformer"),
     "flux-schnell.onnx": ("flux-schnell", "transformer"),
     "flux-fill-dev.onnx": ("flux-fill-dev", "transformer"),
+    "flux-canny-dev.onnx": ("flux-canny-dev", "transformer"),
+    "flux-kontext-dev.onnx": ("flux-kontext-dev", "transformer"),
     "flux-dev-double-block.onnx": ("flux-dev", "double_block"),
     "flux-dev-single-block.onnx": ("flux-dev", "single_block"),
     "vae-encoder.onnx": ("flux-dev", "encoder"),
@@ -109,7 +111,8 @@ def export_onnx(
         with importing():
             from onnx import inliner
 
-        model = inliner.inline_local_functions(model)
+        turned = _unturned(model := inliner.inline_local_functions(model))
+        tensors = tensors and {name: tensor.T if name in turned else tensor for name, tensor in tensors.items()}
     _write(model, tensors, _TORCH[dtype], target)
     return None
 
@@ -119,16 +122,23 @@ def _structure(chosen: Variant, part: Part, files: Files | None, dtype: str, ops
         from onnx import TensorProto
 
         from fluxlab.onnx.autoencoder import autoencoder_graph
+        from fluxlab.onnx.shapes import annotate
         from fluxlab.onnx.text import Writer
         from fluxlab.onnx.transformer import block_graph, transformer_graph
 
     writer = Writer(opset, TensorProto.DataType.Value({"float32": "FLOAT"}.get(dtype, dtype.upper())))
     if part in ("encoder", "decoder"):
         config = autoencoder_config(chosen, files.autoencoder) if files else chosen.autoencoder
-        return autoencoder_graph(writer, config, part, chosen.name)
+        return annotate(autoencoder_graph(writer, config, part, chosen.name), {})
+    c = chosen.transformer
+    reference = chosen.shown == "reference" and part == "transformer"
+    tokens = "T+I+R" if reference else "T+I"
+    hints: dict[str, Any] = {"Attention": [("B", tokens, c.hidden_size)]}
+    hints["SplitStreams"] = [("B", "T", c.hidden_size), ("B", tokens.removeprefix("T+"), c.hidden_size)]
+    hints["SplitReference"] = [("B", "I", c.hidden_size), ("B", "R", c.hidden_size)]
     if part == "transformer":
-        return transformer_graph(writer, chosen.transformer, chosen.name)
-    return block_graph(writer, chosen.transformer, part, chosen.name)
+        return annotate(transformer_graph(writer, c, chosen.name, reference), hints)
+    return annotate(block_graph(writer, c, part, chosen.name), hints)
 
 
 def _read(chosen: Variant, part: Part, files: Files) -> dict[str, Tensor]:
@@ -141,6 +151,19 @@ def _read(chosen: Variant, part: Part, files: Files) -> dict[str, Tensor]:
     tensors = load_weights(build(chosen.name, device="meta"), files.transformer).state_dict()
     head = "" if part == "transformer" else f"{part}s.0."
     return {name.removeprefix(head): tensor for name, tensor in tensors.items() if name.startswith(head)}
+
+
+def _unturned(model: Any) -> set[str]:
+    """Take out each Transpose between a weight and its product, as tools expect; the weights to be transposed."""
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    turns = [node for node in model.graph.node if node.op_type == "Transpose" and node.input[0] in weights]
+    names = {node.output[0]: node.input[0] for node in turns}
+    for node in turns:
+        weights[node.input[0]].dims[:] = weights[node.input[0]].dims[::-1]
+        model.graph.node.remove(node)
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+    return set(names.values())
 
 
 def _check(weights: Mapping[str, Tensor], model: Any) -> None:

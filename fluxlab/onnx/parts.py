@@ -11,13 +11,48 @@ from fluxlab.config import EMBEDDING_DIM, FluxConfig
 from fluxlab.glossary import Entry, entries
 from fluxlab.onnx.text import NEW, SILU, Writer
 
-AXES = {"B": "batch", "T": "text_tokens", "I": "image_tokens", "L": "tokens"}
+AXES = {"B": "B", "T": "T", "I": "I", "L": "T+I"}  # of free size
 _WIDE = ("img_ids", "txt_ids", "timesteps", "guidance", "pe")  # float32 in a model of any dtype
+
+
+_PARTS = ("shift", "scale", "gate")
+_SAID = {  # of nodes that the glossary does not know
+    "Attention.q_rotated": "Each query turned by its token's place",
+    "Attention.k_rotated": "Each key turned by its token's place",
+    "Attention.heads": "Each query takes in the values of all tokens, by softmax(q k^T / sqrt(D)): B H L D",
+    "Attention.attended.Transpose": "The heads of a token side by side: B L H D",
+    "Attention.attended": "B L C",
+    "Attention.heads.Softmax": "Attention weights: each row, a query's, sums to 1",
+    "SplitHeads.apart.Reshape": "Packed as (K H D): three times H heads of D features",
+    "SplitHeads.apart": "3 B H L D",
+    "SplitHeads.q": "The first third: queries",
+    "SplitHeads.k": "The second third: keys",
+    "SplitHeads.v": "The last third: values",
+    "DoubleModulation.lin.SiLU": "The vector that steers, activated",
+    "DoubleModulation.lin": "Six vectors of C features, side by side",
+    "DoubleModulation.shift1.Unsqueeze": "The same for every token: B 1 6C",
+    "DoubleModulation.shift1": "Shift, scale and gate around attention, then around the MLP",
+    "DoubleStreamBlock.txt_attended": "Attention's output, text and image apart again",
+    "SingleStreamBlock.modulated": "Normed and steered tokens, which attention and MLP both read",
+    "SingleStreamBlock.qkv": "What linear1 made for attention, and for the MLP",
+    "SingleStreamBlock.side_by_side": "Attention's output and the MLP's features, for the one linear2",
+    "LastLayer.modulated": "Normed and steered tokens",
+    "LastLayer.velocity": "Noise minus picture, the direction of the path, for each number of the token's patch",
+    "LastLayer.shift.Unsqueeze": "The same for every token: B 1 2C",
+    "LastLayer.adaLN_modulation.1": "Shift and scale, side by side",
+    "LastLayer.adaLN_modulation.1.SiLU": "The vector that steers, activated",
+}
+for _stream, _word in (("txt", "text"), ("img", "image")):
+    for _number, _before in (("1", "attention"), ("2", "the MLP")):
+        _SAID[f"DoubleStreamBlock.{_stream}_modulated{_number}"] = (
+            f"The {_word} tokens, normed and steered, before {_before}"
+        )
+    _SAID[f"DoubleStreamBlock.{_stream}_attn.q"] = f"Queries, keys and values of the {_word}; queries and keys normed"
 
 
 def define_parts(writer: Writer, c: FluxConfig) -> None:
     """Every kind of part that a model of this config has, the smallest first."""
-    writer.define(SILU + _small(c, writer.opset, writer.dtype))
+    writer.define(SILU + _small(c, writer.opset, writer.dtype), said=_SAID)
     large = {"double_blocks.{i}.": double_block(), "single_blocks.{i}.": single_block(c), "final_layer.": last_layer(c)}
     for head, text in large.items():  # the small ones serve streams of several shapes; these can say theirs
         function = writer.define(text, head)
@@ -140,6 +175,12 @@ def SplitStreams(tokens, txt) -> (text, image):
     text_tokens = Shape(txt, start=1, end=2)
     text = Slice(tokens, [0], text_tokens, [1])
     image = Slice(tokens, text_tokens, [{2**62}], [1])
+
+def SplitReference(tokens, img) -> (image, reference):
+    "As many tokens as there are of the noise, and the rest, of the picture that is shown"
+    image_tokens = Shape(img, start=1, end=2)
+    image = Slice(tokens, [0], image_tokens, [1])
+    reference = Slice(tokens, image_tokens, [{2**62}], [1])
 
 def DoubleModulation(vec, lin.weight, lin.bias) -> (shift1, scale1, gate1, shift2, scale2, gate2):
     "Linear(SiLU(vec)), cut into shift, scale and gate, for attention and for the MLP"

@@ -14,10 +14,12 @@ are written as tensors, the only form that every tool takes.
 
 import ast
 import re
+from collections.abc import Mapping
 
 import numpy as np
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
+from fluxlab.config import VERSION
 from fluxlab.glossary import entries
 
 DOMAIN = "fluxlab"
@@ -27,6 +29,12 @@ def SiLU(x) -> y:
     "x * sigmoid(x)"
     y = x * Sigmoid(x)
 """
+_AXES = "B pictures, T text tokens, I image tokens, R of a reference; h rows and w columns of a latent, 8h x 8w pixels"
+_HOW = {
+    "not included": "text encoders, VAE and sampling loop are graphs of their own; a file without numbers does not run",
+    "to look": "in Netron, ƒ opens a function, Ctrl+U shows the names of nodes, such as a block's number",
+    "numbers": "fluxlab export VARIANT --weights; one without: onnx.load(path, load_external_data=False)",
+}
 _OPERATORS = {ast.Add: "Add", ast.Sub: "Sub", ast.Mult: "Mul", ast.Div: "Div", ast.MatMult: "MatMul"}
 _DOT = "\N{MIDDLE DOT}"  # which Python takes inside a name, so it stands for a name's dots while Python reads the text
 
@@ -45,17 +53,19 @@ class Writer:
         self.meanings = {entry.name: entry.meaning for entry in entries()}
         self.functions: dict[str, FunctionProto] = {}
 
-    def define(self, text: str, glossary: str | None = None) -> FunctionProto:
+    def define(self, text: str, glossary: str | None = None, said: Mapping[str, str] | None = None) -> FunctionProto:
         """Add functions, and give the last.
 
         Args:
             text: of one function or more, as above.
             glossary: what stands before the names of their tensors in the glossary, if they are in it.
+            said: what nodes are that the glossary does not know, by function and name: ``"Attention.heads"``.
         """
+        self.meanings |= said or {}
         for each in _read(text):
             assert isinstance(each, ast.FunctionDef)
             inputs = [_dotted(argument.arg) for argument in each.args.args]
-            nodes = self.nodes(each.body, glossary)
+            nodes = self.nodes(each.body, glossary, each.name)
             made = helper.make_function(DOMAIN, each.name, inputs, _names(each.returns), nodes, self.imports)
             made.doc_string = _dotted(ast.get_docstring(each) or "")
             self.functions[made.name] = made
@@ -66,7 +76,7 @@ class Writer:
         weights = (f"{path}.{name}" for name in self.functions[function].input[len(inputs) :])
         return f"{out or path} = {function}({', '.join([*inputs, *weights])})"
 
-    def nodes(self, text: str | list[ast.stmt], glossary: str | None = "") -> list[NodeProto]:
+    def nodes(self, text: str | list[ast.stmt], glossary: str | None = "", owner: str = "") -> list[NodeProto]:
         """The nodes of a text's lines, each named after what it makes and described as the glossary describes that."""
         made: dict[str, NodeProto] = {}
 
@@ -91,7 +101,8 @@ class Writer:
                 same = sum(name.startswith(f"{outs[0]}.{kind}") for name in made)
                 outs = [f"{outs[0]}.{kind}{same + 1 if same else ''}"]
             domain = DOMAIN if kind in self.functions else None
-            meaning = None if glossary is None else self.meanings.get(glossary + outs[0])
+            known = f"{owner}.{outs[0]}", f"{glossary}{outs[0]}" if glossary is not None else ""
+            meaning = next((self.meanings[name] for name in known if name in self.meanings), None)
             made[outs[0]] = helper.make_node(kind, inputs, outs, outs[0], meaning, domain, **attributes)
             return outs[0]
 
@@ -106,15 +117,16 @@ class Writer:
         kind = TensorProto.INT64 if np.asarray(number).dtype.kind == "i" else kind
         return helper.make_tensor(name, kind, np.shape(number), np.ravel(number))
 
-    def model(self, graph: GraphProto) -> ModelProto:
-        """The graph, with the functions that it takes."""
+    def model(self, graph: GraphProto, variant: str = "") -> ModelProto:
+        """The graph, with the functions that it takes; its properties say what it is of, and how it is opened."""
         called = {node.op_type for node in graph.node}
         for function in reversed(self.functions.values()):  # each is written after those that it calls
             called |= {node.op_type for node in function.node if function.name in called}
         functions = [function for name, function in self.functions.items() if name in called]
-        return helper.make_model(
-            graph, functions=functions, opset_imports=self.imports, ir_version=10, producer_name=DOMAIN
-        )
+        options = {"producer_name": DOMAIN, "producer_version": VERSION, "doc_string": f"{graph.doc_string}. {_AXES}"}
+        model = helper.make_model(graph, functions=functions, opset_imports=self.imports, ir_version=10, **options)
+        helper.set_model_props(model, {"name": graph.name, "variant": variant or graph.name, "version": VERSION} | _HOW)
+        return model
 
 
 def without_numbers(name: str, shape: tuple[int, ...], dtype: int, meaning: str = "") -> TensorProto:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ import fluxlab as fl
 from fluxlab.glossary import named
 from fluxlab.model.blocks import DoubleStreamBlock, SingleStreamBlock
 from fluxlab.onnx.export import GRAPHS
+from fluxlab.pipeline.shown import Shown
 from fluxlab.weights.find import data_folder
 from tests.helpers import randomise
 
@@ -86,9 +88,9 @@ def test_every_weight_and_tensor_has_its_name_shape_and_meaning(tmp_path, name):
     used = {each for node in graph.node for each in node.input}
     assert set(weights) <= used
     known = named(model.config, "input", "tensor")
-    for value in [*graph.input, *graph.output, *graph.value_info]:
+    for value in [*graph.input, *graph.output, *(info for info in graph.value_info if info.name in known)]:
         sizes = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        free = {"batch": 1, "image_tokens": 4096, "text_tokens": 512, "tokens": 4608}
+        free = {"B": 1, "I": 4096, "T": 512, "T+I": 4608}
         assert tuple(free.get(size, size) for size in sizes) == known[value.name].shape(model.config)
         assert value.doc_string == known[value.name].meaning
     shown = {value.name for value in graph.value_info}
@@ -115,7 +117,7 @@ def test_a_block_says_what_its_tensors_are_and_has_attention_as_one_node(tmp_pat
     assert inside["img.middle"] == named(fl.FluxConfig(), "tensor")["double_blocks.0.img.middle"].meaning
     shapes = {value.name: value for value in functions["DoubleStreamBlock"].value_info}
     hidden = shapes["img_attn.proj"].type.tensor_type.shape.dim
-    assert [dim.dim_param or dim.dim_value for dim in hidden] == ["batch", "image_tokens", 3072]
+    assert [dim.dim_param or dim.dim_value for dim in hidden] == ["B", "I", 3072]
     assert {"img.middle", "txt_mod.gate2", "q", "attended", "txt.output"} <= set(shapes)
     kinds = [node.op_type for function in model.functions for node in function.node]
     assert [kinds.count(each) for each in ("Attention", "RotaryEmbedding", "RMSNormalization")] == [3, 1, 1]
@@ -127,6 +129,97 @@ def test_a_flat_graph_has_no_functions_and_the_same_weights(tmp_path):
     assert not flat.functions
     assert len(flat.graph.initializer) == 780
     assert len(flat.graph.node) > 4_000
+
+
+@pytest.mark.parametrize("opset", [17, 23])
+@pytest.mark.parametrize("file", GRAPHS)
+def test_every_edge_has_a_shape_that_netron_draws(tmp_path, file, opset):
+    """At most 16 characters; in functions too, with ? where calls differ."""
+    fl.export_onnx(GRAPHS[file][0], tmp_path / file, GRAPHS[file][1], opset=opset)
+    model = structure(tmp_path / file)
+    for body in (model.graph, *model.functions):
+        shapes = {info.name: axes(info) for info in body.value_info}
+        made = {out for node in body.node for out in node.output}
+        if body is model.graph:
+            shapes |= {info.name: axes(info) for info in (*body.input, *body.output)}
+            assert made <= set(shapes)
+            assert all(len("×".join(map(str, shape))) <= 16 for shape in shapes.values())
+        else:
+            assert len(made - set(shapes)) <= 2, body.name  # Linear takes tokens and vectors
+
+
+def axes(info):
+    return [dim.dim_param or dim.dim_value for dim in info.type.tensor_type.shape.dim]
+
+
+@pytest.mark.parametrize("part", ["transformer", "encoder", "decoder"])
+def test_the_shapes_are_those_of_a_run(tmp_path, part):
+    """Each value of the graph that onnxruntime makes, at sizes that are all different."""
+    fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", part, weights=True)
+    model = onnx.load(tmp_path / "x.onnx")
+    told = {info.name: axes(info) for info in (*model.graph.value_info, *model.graph.output)}
+    outputs = [info.name for info in model.graph.output]
+    model.graph.output.extend(info for info in model.graph.value_info)
+    sizes = {"B": 2, "T": 9, "I": 24, "T+I": 33} | {
+        f"{n}{side}".lstrip("1"): n * c for n in (1, 2, 4, 8) for side, c in (("h", 4), ("w", 6))
+    }
+    if part == "transformer":
+        given = fl.example_inputs("flux-tiny-dev", 64, 96, batch=2).kwargs()
+        given |= {name: given[name][:, :9].contiguous() for name in ("txt", "txt_ids")}
+        given = {name: tensor.numpy() for name, tensor in given.items()}
+    else:
+        name, shape = ("pixels", (2, 3, 32, 48)) if part == "encoder" else ("latent", (2, 16, 4, 6))
+        given = {name: np.zeros(shape, np.float32)}
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    made = session.run(None, given)
+    for output, value in zip(session.get_outputs(), made, strict=True):
+        assert [sizes.get(axis, axis) for axis in told[output.name]] == list(value.shape), output.name
+    assert len(made) == len(told) > len(outputs)
+
+
+def test_a_model_says_what_it_is_and_how_it_is_opened(tmp_path):
+    fl.export_onnx("flux-dev", tmp_path / "x.onnx")
+    model = structure(tmp_path / "x.onnx")
+    told = {entry.key: entry.value for entry in model.metadata_props}
+    assert (told["name"], told["variant"], told["version"]) == ("flux-dev", "flux-dev", fl.__version__)
+    assert "load_external_data=False" in told["numbers"]
+    assert "does not run" in told["not included"]
+    assert "Ctrl+U" in told["to look"]
+    assert "B pictures, T text tokens, I image tokens" in model.doc_string
+    blocks = {node.name: node.doc_string for node in model.graph.node if node.op_type.endswith("Block")}
+    assert len(blocks) == 57
+    assert blocks["single_blocks.37"].startswith("Single block 37 of 0 to 37: text and image as one sequence")
+    functions = {function.name: function for function in model.functions}
+    for name in ("DoubleStreamBlock", "SingleStreamBlock", "Attention", "SplitHeads", "DoubleModulation", "LastLayer"):
+        bare = [node.name for node in functions[name].node if not node.doc_string and node.op_type != "Constant"]
+        assert not bare, (name, bare)
+    assert not any(node.op_type == "Constant" and not node.name for f in model.functions for node in f.node)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_kontext_takes_a_reference_and_gives_the_noises_velocity(tmp_path, monkeypatch, flat):
+    chosen = replace(fl.VARIANTS["flux-tiny-dev"], name="flux-kontext-dev", shown="reference")
+    monkeypatch.setitem(fl.VARIANTS, "flux-kontext-dev", chosen)
+    model = randomise(fl.build("flux-kontext-dev"))
+    fl.export_onnx("flux-kontext-dev", tmp_path / "x.onnx", weights=model.state_dict(), flat=flat)
+    inputs = fl.example_inputs("flux-kontext-dev", 64, 96, batch=2)
+    other = fl.example_inputs("flux-kontext-dev", 64, 64, batch=2, seed=1)
+    other.img_ids[..., 0] = 1
+    shown = Shown(tokens=other.img, ids=other.img_ids)
+    with torch.no_grad():
+        theirs = model(**shown.beside(inputs).kwargs())[:, :24]
+    given = inputs.kwargs() | {"reference": other.img, "reference_ids": other.img_ids}
+    assert relative(run(tmp_path / "x.onnx", **given)[0], theirs) < 1e-4
+
+
+@pytest.mark.parametrize("part", ["transformer", "double_block", "decoder"])
+def test_flat_weights_lie_as_tools_expect(tmp_path, part):
+    fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", part, flat=True, opset=17)
+    model = structure(tmp_path / "x.onnx")
+    weights = {tensor.name for tensor in model.graph.initializer}
+    assert not [node for node in model.graph.node if node.op_type == "Transpose" and node.input[0] in weights]
+    products = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    assert len(products) == {"transformer": 42, "double_block": 10, "decoder": 0}[part]
 
 
 @pytest.mark.parametrize("file", GRAPHS)

@@ -54,7 +54,7 @@ notebooks: .venv/.installed
 	$(NBCONVERT) --execute --inplace --ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
 
 screenshots: .venv/.installed browser
-	FLUXLAB_SCREENSHOTS=exported $(BIN)/pytest tests/onnx/test_netron.py -k double-block
+	FLUXLAB_SCREENSHOTS=exported $(BIN)/pytest tests/onnx/test_netron.py
 
 bench: .venv/.installed
 	$(REUSE) $(BIN)/python -m tests.benchmarks $(ARGS)

@@ -118,12 +118,14 @@ def export(
     source: Annotated[str | None, Option(help="Where a full-size model's weights are.")] = None,
     dtype: Annotated[str, Option(help="float32, float16 or bfloat16.")] = "float32",
     opset: Annotated[int, Option(help="17 to 24; below 23, norms and attention are spelled out.")] = 23,
-    flat: Annotated[bool, Option(help="Without functions, for tools that know none.")] = False,
+    flat: Annotated[bool, Option(help="Without functions: for onnxslim, OpenVINO, quantizers of your own.")] = False,
+    quantize: Annotated[str | None, Option(help="int8: products of integers, with --weights; flat, opset 17.")] = None,
 ) -> None:
     """Write ONNX graphs, maps, diagrams and grids of pictures: all of exported/, or one model's ONNX file."""
     if variant is not None:
         target = output if output.suffix == ".onnx" else output / f"{variant}-{part}.onnx"
-        fl.export_onnx(variant, target, part, weights=weights, source=source, dtype=dtype, opset=opset, flat=flat)  # type: ignore[arg-type]
+        how: Any = {"weights": weights, "source": source, "dtype": dtype, "opset": opset, "flat": flat}
+        fl.export_onnx(variant, target, part, **how, quantize=quantize)  # type: ignore[arg-type]
         return typer.echo(f"{target}: {target.stat().st_size / 1e3:,.0f} kB")
     output.mkdir(parents=True, exist_ok=True)
     made: dict[str, Any] = {f"{name}-map.svg": fl.model_map(name) for name in ("flux-dev", "flux-schnell", _TINY)}

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from fnmatch import fnmatch
 from importlib.metadata import metadata
 from pathlib import Path
 
@@ -117,3 +118,13 @@ def test_the_model_needs_torch_einops_and_jaxtyping_alone():
     allowed = {"fluxlab", "torch", "einops", "jaxtyping", *sys.stdlib_module_names}
     for path in (ROOT / "fluxlab/model").glob("*.py"):
         assert {name.split(".")[0] for name in imported(ast.parse(path.read_text()))} <= allowed, path
+
+
+def test_every_file_in_exported_is_told_of():
+    folder = ROOT / "exported"
+    told = (folder / "README.md").read_text().replace("\\*", "*")
+    patterns = re.findall(r"[\w*.-]+\.(?:onnx|svg|png|json|md)", told)
+    bare = [
+        f.name for f in folder.iterdir() if f.is_file() and not any(fnmatch(f.name, pattern) for pattern in patterns)
+    ]
+    assert bare == ["README.md"]

@@ -47,6 +47,7 @@ def export_onnx(
     dtype: str = "float32",
     opset: int = 23,
     flat: bool = False,
+    quantize: str | None = None,
 ) -> None:
     """Write a part of a model as an ONNX file.
 
@@ -67,8 +68,9 @@ def export_onnx(
         opset: 23 or later has norms, rotation and attention as single operators; 17 to 22 spell them out. The text
             encoders are written from 18 on.
         flat: put the functions' nodes in their callers' places, for tools that know no functions. Quantizers need it:
-            onnxruntime's, given functions, quantizes nothing and does not say so. Prepare the flat file with its
-            ``quant_pre_process`` first.
+            onnxruntime's, given functions, quantizes nothing and does not say so.
+        quantize: "int8": the weights of products in 8 bits and products of integers, by onnxruntime's
+            ``quantize_dynamic``; of a flat graph in opset 17 and float32, with its numbers, below 2 GB.
 
     Raises:
         ConfigError: no such variant.
@@ -94,6 +96,11 @@ def export_onnx(
             raise ValueError(
                 f"opset is {opset}; part {part!r} is traced by PyTorch's exporter, which writes 18 and later"
             )
+    if quantize is not None:
+        if quantize != "int8" or not weights or dtype != "float32":
+            said = f"quantize is {quantize!r}, weights {'given' if weights else weights} and dtype {dtype!r}"
+            raise ValueError(f"{said}; quantize='int8' goes with weights, and with dtype float32")
+        flat, opset = True, 17
     if source is not None and weights is not True:
         raise ValueError("source says where weights are, and none are read from it; ask for weights=True")
     files = None
@@ -113,7 +120,19 @@ def export_onnx(
 
         turned = _unturned(model := inliner.inline_local_functions(model))
         tensors = tensors and {name: tensor.T if name in turned else tensor for name, tensor in tensors.items()}
-    _write(model, tensors, _TORCH[dtype], target)
+    if quantize is None:
+        return _write(model, tensors, _TORCH[dtype], target)
+    with importing():
+        from onnxruntime.quantization import quantize_dynamic, shape_inference
+    with replacing(target) as temporary:
+        whole, ready = temporary.with_name("whole.onnx"), temporary.with_name("ready.onnx")
+        _write(model, tensors, _TORCH[dtype], whole)
+        logging.disable(logging.WARNING)  # it recommends what is being done
+        try:
+            shape_inference.quant_pre_process(whole, ready, skip_symbolic_shape=True)
+            quantize_dynamic(ready, temporary)
+        finally:
+            logging.disable(logging.NOTSET)
     return None
 
 

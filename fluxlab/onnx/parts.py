@@ -36,6 +36,10 @@ _SAID = {  # of nodes that the glossary does not know
     "SingleStreamBlock.modulated": "Normed and steered tokens, which attention and MLP both read",
     "SingleStreamBlock.qkv": "What linear1 made for attention, and for the MLP",
     "SingleStreamBlock.side_by_side": "Attention's output and the MLP's features, for the one linear2",
+    "SingleStreamBlock.next.vec": "For the next block: so a picture of the whole is a straight column",
+    "SingleStreamBlock.next.pe": "For the next block",
+    "DoubleStreamBlock.next.vec": "For the next block: so a picture of the whole is a straight column",
+    "DoubleStreamBlock.next.pe": "For the next block",
     "LastLayer.modulated": "Normed and steered tokens",
     "LastLayer.velocity": "Noise minus picture, the direction of the path, for each number of the token's patch",
     "LastLayer.shift.Unsqueeze": "The same for every token: B 1 2C",
@@ -50,10 +54,11 @@ for _stream, _word in (("txt", "text"), ("img", "image")):
     _SAID[f"DoubleStreamBlock.{_stream}_attn.q"] = f"Queries, keys and values of the {_word}; queries and keys normed"
 
 
-def define_parts(writer: Writer, c: FluxConfig) -> None:
-    """Every kind of part that a model of this config has, the smallest first."""
+def define_parts(writer: Writer, c: FluxConfig, whole: bool = True) -> None:
+    """Every kind of part that a model of this config has, the smallest first; for the whole of it, or for one block."""
     writer.define(SILU + _small(c, writer.opset, writer.dtype), said=_SAID)
-    large = {"double_blocks.{i}.": double_block(), "single_blocks.{i}.": single_block(c), "final_layer.": last_layer(c)}
+    large = {"double_blocks.{i}.": double_block(whole), "single_blocks.{i}.": single_block(c, whole)}
+    large |= {"final_layer.": last_layer(c)}
     for head, text in large.items():  # the small ones serve streams of several shapes; these can say theirs
         function = writer.define(text, head)
         made = {f"{head}{out}": out for node in function.node for out in node.output}
@@ -194,7 +199,12 @@ def SingleModulation(vec, lin.weight, lin.bias) -> (shift, scale, gate):
 """
 
 
-def double_block() -> str:
+_HANDING = """next.vec = Identity(vec)
+    next.pe = Identity(pe)"""
+_HANDED = ", next.vec, next.pe"  # in a whole model, from block to block: wires to all of them would hide all else
+
+
+def double_block(whole: bool) -> str:
     """Two streams: each comes with weights of its own, they meet in one attention, and each goes on by itself."""
     before, after = (
         """
@@ -213,7 +223,8 @@ def double_block() -> str:
     {s}.output = AddGated({s}.middle, {s}_mod.gate2, {s}_mlp.2)""",
     )
     return f"""
-def DoubleStreamBlock(img, txt, vec, pe, {_weights("double_blocks.{i}.")}) -> (img.output, txt.output):
+def DoubleStreamBlock(img, txt, vec, pe, {_weights("double_blocks.{i}.")}) -> (
+        img.output, txt.output{_HANDED if whole else ""}):
     "Text and image, each with weights of its own, meet in one attention"
     {before.format(s="txt")} {before.format(s="img")}
     q = Concat(txt_attn.q, img_attn.q, axis=2)
@@ -222,13 +233,14 @@ def DoubleStreamBlock(img, txt, vec, pe, {_weights("double_blocks.{i}.")}) -> (i
     attended = Attention(q, k, v, pe)
     txt_attended, img_attended = SplitStreams(attended, txt)
     {after.format(s="txt")} {after.format(s="img")}
+    {_HANDING if whole else ""}
 """
 
 
-def single_block(c: FluxConfig) -> str:
+def single_block(c: FluxConfig, whole: bool) -> str:
     """One stream: attention and MLP side by side, from one Linear and into one Linear."""
     return f"""
-def SingleStreamBlock(x, vec, pe, {_weights("single_blocks.{i}.")}) -> output:
+def SingleStreamBlock(x, vec, pe, {_weights("single_blocks.{i}.")}) -> (output{_HANDED if whole else ","}):
     "Text and image as one sequence; attention and MLP side by side, from one Linear and into one Linear"
     modulation.shift, modulation.scale, modulation.gate = SingleModulation(
         vec, modulation.lin.weight, modulation.lin.bias)
@@ -243,6 +255,7 @@ def SingleStreamBlock(x, vec, pe, {_weights("single_blocks.{i}.")}) -> output:
     side_by_side = Concat(attended, mlp_act, axis=-1)
     linear2 = Linear(side_by_side, linear2.weight, linear2.bias)
     output = AddGated(x, modulation.gate, linear2)
+    {_HANDING if whole else ""}
 """
 
 

@@ -46,21 +46,23 @@ def transformer_graph(writer: Writer, c: FluxConfig, name: str, reference: bool 
     lines += [f"ids = Concat(txt_ids, {img_ids}, axis=1)", "pe = EmbedND(ids)"]
     # 3. two streams that meet in attention
     img, txt = "img_in", "txt_in"
+    vec, pe = "vec", "pe"
     for i in range(c.depth):
-        path, given = f"double_blocks.{i}", (img, txt, "vec", "pe")
-        img, txt = f"{path}.img.output", f"{path}.txt.output"
-        lines += [call("DoubleStreamBlock", path, *given, out=f"{img}, {txt}")]
+        path, given = f"double_blocks.{i}", (img, txt, vec, pe)
+        img, txt, vec, pe = (f"{path}.{out}" for out in ("img.output", "txt.output", "next.vec", "next.pe"))
+        lines += [call("DoubleStreamBlock", path, *given, out=f"{img}, {txt}, {vec}, {pe}")]
     # 4. one stream
     lines += [f"tokens = Concat({txt}, {img}, axis=1)"]
     x = "tokens"
     for i in range(c.depth_single_blocks):
-        lines += [call("SingleStreamBlock", f"single_blocks.{i}", x, "vec", "pe", out=f"single_blocks.{i}.output")]
-        x = f"single_blocks.{i}.output"
+        path, taken = f"single_blocks.{i}", (x, vec, pe)
+        x, vec, pe = (f"{path}.{out}" for out in ("output", "next.vec", "next.pe"))
+        lines += [call("SingleStreamBlock", path, *taken, out=f"{x}, {vec}, {pe}")]
     # 5. the text has done its work
     lines += [f"text_tokens, image_tokens = SplitStreams({x}, {txt})"]
     if reference:
         lines += ["noise_tokens, reference_tokens = SplitReference(image_tokens, img)"]
-    lines += [call("LastLayer", "final_layer", "noise_tokens" if reference else "image_tokens", "vec", out="velocity")]
+    lines += [call("LastLayer", "final_layer", "noise_tokens" if reference else "image_tokens", vec, out="velocity")]
 
     nodes = writer.nodes("\n".join(lines))
     for node in nodes:  # a block is called by its own name, not by what it makes
@@ -70,8 +72,8 @@ def transformer_graph(writer: Writer, c: FluxConfig, name: str, reference: bool 
             depth = c.depth if kind == "double" else c.depth_single_blocks
             node.doc_string = f"{kind.capitalize()} block {node.name.rpartition('.')[2]} of 0 to {depth - 1}: {said}"
     nodes[-1].name = "final_layer"
-    known, taken = named(c, "tensor"), named(c, "input")
-    others = {"reference": taken["img"], "reference_ids": taken["img_ids"]} if reference else {}
+    known, inputs = named(c, "tensor"), named(c, "input")
+    others = {"reference": inputs["img"], "reference_ids": inputs["img_ids"]} if reference else {}
     more = [value(entry, c, writer.dtype, each) for each, entry in others.items()]
     for info in more:
         info.type.tensor_type.shape.dim[1].dim_param = "R"
@@ -80,7 +82,7 @@ def transformer_graph(writer: Writer, c: FluxConfig, name: str, reference: bool 
     graph = helper.make_graph(
         nodes,
         name,
-        [*(value(entry, c, writer.dtype) for entry in taken.values()), *more],
+        [*(value(entry, c, writer.dtype) for entry in inputs.values()), *more],
         [value(known["velocity"], c, writer.dtype)],
         [without_numbers(key, entry.shape(c), writer.dtype) for key, entry in named(c, "weight").items()],
         f"The transformer of {name}: tokens, time and text in, a velocity out",
@@ -91,7 +93,7 @@ def transformer_graph(writer: Writer, c: FluxConfig, name: str, reference: bool 
 
 def block_graph(writer: Writer, c: FluxConfig, kind: str, name: str) -> ModelProto:
     """One double_block or single_block, its weights named below the block; otherwise as ``transformer_graph``."""
-    define_parts(writer, c)
+    define_parts(writer, c, whole=False)
     block = writer.functions["DoubleStreamBlock" if kind == "double_block" else "SingleStreamBlock"]
     nodes = writer.nodes(f"{', '.join(block.output)} = {block.name}({', '.join(block.input)})")
     nodes[0].name = kind

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.checks import as_list, finite
 from fluxlab.pipeline.inputs import FluxInputs
 from fluxlab.pipeline.shown import Shown
@@ -35,7 +34,7 @@ class Step:
 
 @torch.no_grad()
 def denoise(
-    model: Flux,
+    model: Callable[..., Tensor],
     inputs: FluxInputs,
     times: Sequence[float],
     negative: FluxInputs | None = None,

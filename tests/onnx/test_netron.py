@@ -95,21 +95,61 @@ def test_the_graph_opens_and_a_function_opens_inside_it(browser, tmp_path, file)
         browser.command("Page.navigate", url=url)
         wait_for(lambda: browser.value("document.body.className") == "default")
         assert browser.value("document.querySelectorAll('.node').length") > 1
-        shown = browser.value("document.body.textContent")
         assert "Error" not in browser.value("document.title")
         wait_for(lambda: drawn(browser))
-        browser.screenshot().save(tmp_path / "top.png")
-
-        browser.value(
-            "const all = Array.from(document.querySelectorAll('.node-item text'));"
-            "const button = all.find(text => text.textContent.trim() === 'ƒ').parentNode;"
-            "button.dispatchEvent(new MouseEvent('click', {bubbles: true}));"
+        edges, labels = (
+            browser.value(f"document.querySelectorAll('.{what}').length") for what in ("edge-path", "edge-label")
         )
-        wait_for(lambda: browser.value("document.body.textContent") != shown)
-        wait_for(lambda: browser.value("document.querySelectorAll('.node').length") > 1 and drawn(browser))
+        assert labels >= 0.95 * edges > 0, f"{labels} of {edges} edges have a shape"
+        browser.screenshot().save(tmp_path / "top.png")
+        if file in ("flux-dev.onnx", "vae-decoder.onnx"):
+            keep(browser, file.removesuffix(".onnx"))
+
+        opens(browser, "LayerNorm" if "block" in file else "")
         browser.screenshot().save(tmp_path / "inside.png")
-        if folder := os.environ.get("FLUXLAB_SCREENSHOTS"):  # make screenshots
-            browser.value("document.getElementById('toolbar').style.display = 'none'")
-            browser.screenshot().crop((20, 80, 1380, 960)).save(Path(folder) / file.replace(".onnx", "-netron.png"))
     finally:
         netron.stop((host, port))
+
+
+@pytest.mark.parametrize("kind", ["double", "single"])
+def test_a_block_and_its_attention_open(browser, kind):
+    """Two functions deep; what is seen there stands in chapter 13."""
+    host, port = netron.start(str(data_folder().parent / f"exported/flux-dev-{kind}-block.onnx"), browse=False)
+    try:
+        url = f"http://{host}:{port}"
+        browser.command("Network.setCookie", name="consent", value="1", url=url)
+        browser.command("Page.navigate", url=url)
+        wait_for(lambda: browser.value("document.body.className") == "default")
+        wait_for(lambda: drawn(browser))
+        opens(browser, f"{kind.capitalize()}StreamBlock")
+        keep(browser, f"flux-dev-{kind}-block")
+        opens(browser, "Attention")
+        shown = browser.value("document.body.textContent")
+        assert all(name in shown for name in ("RoPE", "Transpose", "Reshape", "B×24×T+I×128"))
+        keep(browser, "attention")
+    finally:
+        netron.stop((host, port))
+
+
+def opens(browser, name):
+    """Open the function that a node of this name calls, or the first there is."""
+    shown = browser.value("document.body.textContent")
+    browser.value(
+        "(() => { const nodes = Array.from(document.querySelectorAll('.node'));"
+        "const opens = node => Array.from(node.querySelectorAll('text')).find(text => text.textContent.trim() === 'ƒ');"
+        f"const node = nodes.find(node => opens(node) && node.textContent.includes({name!r})) || nodes.find(opens);"
+        "opens(node).parentNode.dispatchEvent(new MouseEvent('click', {bubbles: true})) })()"
+    )
+    wait_for(lambda: browser.value("document.body.textContent") != shown)
+    wait_for(lambda: browser.value("document.querySelectorAll('.node').length") > 1 and drawn(browser))
+
+
+def keep(browser, name):
+    """`make screenshots`: the page as a picture. The brackets around shapes are in few fonts."""
+    if folder := os.environ.get("FLUXLAB_SCREENSHOTS"):
+        browser.value("document.getElementById('toolbar').style.display = 'none'")
+        browser.value(
+            "document.querySelectorAll('text, tspan').forEach(text => text.childNodes.forEach(node => {"
+            "if (node.nodeType === 3) node.data = node.data.replace('\\u3008', ' ').replace('\\u3009', '') }))"
+        )
+        browser.screenshot().crop((20, 80, 1380, 960)).save(Path(folder) / f"{name}-netron.png", optimize=True)

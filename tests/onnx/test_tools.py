@@ -8,11 +8,15 @@ import onnx_graphsurgeon
 import onnxruntime
 import onnxslim
 import pytest
+import torch
 from onnxruntime.quantization import quantize_dynamic
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from typer.testing import CliRunner
 
 import fluxlab as fl
+from fluxlab.cli import app
 from fluxlab.onnx import export
+from fluxlab.tiny.measure import measure as judge
 from tests.helpers import randomise
 
 
@@ -81,6 +85,39 @@ def test_a_flat_file_is_quantized(written, inputs, tmp_path):
     assert kinds.count("MatMulInteger") == 23
     assert small.stat().st_size < 0.35 * (tmp_path / "x.onnx").stat().st_size
     assert distance(run(str(small), inputs), run(path, inputs)) < 0.1
+
+
+class Runs(torch.nn.Module):
+    """flux-tiny-dev, run by onnxruntime."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.config = fl.variant("flux-tiny-dev").transformer
+        self.session = onnxruntime.InferenceSession(str(path))
+
+    def forward(self, **inputs):
+        return torch.from_numpy(self.session.run(None, {name: each.numpy() for name, each in inputs.items()})[0])
+
+
+def test_quantized_by_one_command_it_is_small_and_paints(tmp_path, inputs):
+    plain, small = tmp_path / "x.onnx", tmp_path / "small.onnx"
+    fl.export_onnx("flux-tiny-dev", plain, weights=True)
+    arguments = ["export", "flux-tiny-dev", "--output", str(small), "--weights", "--quantize", "int8"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert small.stat().st_size <= 0.3 * plain.stat().st_size
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert distance(run(str(small), inputs), run(str(plain), inputs)) < 0.15
+    pipe = fl.load("flux-tiny-dev")
+    pipe.model = Runs(small)
+    assert judge(pipe, 16)["all"] >= 0.8
+
+
+@pytest.mark.parametrize("how", [{}, {"weights": True, "dtype": "float16"}, {"weights": True, "quantize": "int4"}])
+def test_what_cannot_be_quantized_is_said(tmp_path, how):
+    with pytest.raises(ValueError, match="quantize='int8' goes with weights"):
+        fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", **{"quantize": "int8"} | how)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("opset", range(17, 25))

@@ -66,6 +66,17 @@ def test_what_an_optimizer_writes_runs_and_computes_the_same(written, inputs, to
     assert distance(run(tool(path), inputs), run(path, inputs)) < 1e-5
 
 
+@pytest.mark.parametrize("opset", [17, 23])
+def test_openvino_computes_the_same_from_a_flat_file_and_refuses_functions(written, inputs, opset):
+    import openvino
+
+    core, path = openvino.Core(), written(opset=opset, flat=True)
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}
+    assert distance(core.compile_model(path, "CPU", exact)(inputs)[0], run(path, inputs)) < 1e-4
+    with pytest.raises(RuntimeError, match="Model wasn't fully converted"):
+        core.compile_model(written(opset=opset, flat=False), "CPU", exact)
+
+
 @pytest.mark.parametrize(("part", "opset"), [("encoder", 23), ("decoder", 17)])
 def test_an_optimizer_leaves_the_vae_as_it_was(tmp_path, part, opset):
     path = str(tmp_path / "x.onnx")

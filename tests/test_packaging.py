@@ -60,7 +60,7 @@ def test_importing_fluxlab_brings_in_no_heavy_library():
 
 
 ROOMS = ["config", "glossary", "files", "extras", "model", "weights", "pipeline", "speed", "inspect", "onnx", "tiny"]
-ROOMS += ["course", "__init__", "cli"]
+ROOMS += ["course", "__init__", "cli", "__main__"]
 
 
 def modules():

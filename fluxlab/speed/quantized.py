@@ -13,7 +13,7 @@ KINDS = ("int8", "int8 dynamic", "fp8")
 
 
 def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
-    """Hold the Linears of the transformer's blocks in 8 bits, with one scale for each row.
+    """Hold the transformer's Linears in 8 bits, with one scale for each row; its way in and out stay as they are.
 
     The weights they had stay referred to, for ``undo``: where they are mapped to their file they take no memory.
 
@@ -31,8 +31,8 @@ def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
             f"kind is {kind!r}; there are {', '.join(map(repr, KINDS))}; 4 bits are loaded from GGUF files"
         )
     handle = Handle(pipe, "quantize", f"quantize {kind}")
-    blocks = nn.ModuleList([*pipe.model.double_blocks, *pipe.model.single_blocks])
-    linears = [each for each in blocks.modules() if isinstance(each, nn.Linear)]
+    ends = (pipe.model.img_in, pipe.model.final_layer.linear)
+    linears = [each for each in pipe.model.modules() if isinstance(each, nn.Linear) and each not in ends]
     if any(each.weight.is_meta for each in linears):
         raise ValueError(
             "weights are not in memory, since low_memory has them come one by one; load a GGUF file instead"
@@ -50,7 +50,7 @@ def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
             "fp8": torchao.Float8WeightOnlyConfig,
         }[kind]()
         before = [each.weight for each in linears]
-        torchao.quantize_(blocks, config)
+        torchao.quantize_(pipe.model, config, lambda module, name: module in linears)
 
     def restore() -> None:
         for linear, weight in zip(linears, before, strict=True):

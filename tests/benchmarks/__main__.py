@@ -38,7 +38,7 @@ def main() -> None:
     if asked.course:
         chapters.main()
     if not asked.only:
-        write(asked.output)
+        write(asked.output, asked.quick)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def tiny(quick: bool) -> None:
         "diffusers": theirs(compiled=False),
         "floor": lambda: [once() for _ in range(20)],
     }
-    times = measure(runs, 5 if quick else 40, 10)
+    times = measure(runs, 5 if quick else 20, 10)
     for name in ("ours", "ours, modulation ahead", "floor"):
         compare("loop", "flux-tiny, 20 steps", times, name, "diffusers")
     torch.compiler.reset()
@@ -62,7 +62,7 @@ def tiny(quick: bool) -> None:
         "diffusers compiled": theirs(compiled=True),
         "diffusers": runs["diffusers"],
     }
-    times = measure(runs, 5 if quick else 40, 10)
+    times = measure(runs, 5 if quick else 20, 10)
     for name in ("ours, compiled, ahead", "ours, compiled whole", "ours, compiled whole, ahead"):
         for peer in ("diffusers compiled", "diffusers"):
             compare("loop", "flux-tiny, 20 steps", times, name, peer)
@@ -89,7 +89,7 @@ def wide(quick: bool) -> None:
     weights = sum(p.numel() for p in plain.parameters())
     modulation = sum(p.numel() for n, p in plain.named_parameters() if "mod" in n)
     what = f"{config.depth} + {config.depth_single_blocks} blocks at full width, {steps} steps, 256 + 512"
-    found = measure(runs, 5 if quick else 40, 2 if quick else 5)
+    found = measure(runs, 5, 2 if quick else 3)
     compare("loop", what, found, "ahead", "plain", **{"weights that may leave": f"{modulation / weights:.0%}"})
 
 

@@ -87,6 +87,6 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def write(path: Path) -> None:
+def write(path: Path, quick: bool) -> None:
     """All rows and the machine, as JSON."""
-    path.write_text(json.dumps({"machine": machine(), "rows": ROWS}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": machine(), "quick": quick, "rows": ROWS}, indent=1) + "\n")

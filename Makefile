@@ -5,7 +5,6 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 COURSE := exported/course
-MATHJAX := mathjax/MathJax.js?config=TeX-AMS-MML_HTMLorMML-full,Safe
 NBCONVERT := $(BIN)/jupyter nbconvert --log-level=ERROR
 # glibc keeps freed memory for the next tensor:
 REUSE := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000
@@ -20,19 +19,16 @@ REUSE := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-# MathJax stands beside the pages, so that their formulas show without a network.
 course: .venv/.installed
-	@mkdir -p $(COURSE)/mathjax
-	@cp -R .venv/lib/python3*/site-packages/jupyter_server_mathjax/static/. $(COURSE)/mathjax
-	@n=0; for notebook in $(NOTEBOOKS); do \
-		n=$$((n + 1)); echo "[$$n/$(words $(NOTEBOOKS))] $$notebook"; \
-		$(NBCONVERT) --execute --to notebook --output-dir $(COURSE) $$notebook && \
-		$(NBCONVERT) --to html --HTMLExporter.mathjax_url='$(MATHJAX)' --output-dir $(COURSE) \
-			$(COURSE)/$$(basename $$notebook) || exit 1; \
+	@echo "executing $(words $(NOTEBOOKS)) chapters, then building the site in $(COURSE)/: some ten minutes"
+	@rm -rf $(COURSE) && mkdir -p $(COURSE)/source
+	@for notebook in $(NOTEBOOKS); do \
+		start=$$(date +%s); printf '%s' "$$notebook"; \
+		$(NBCONVERT) --execute --to notebook --output-dir $(COURSE)/source $$notebook || exit 1; \
+		echo "  $$(($$(date +%s) - start)) s"; \
 	done
-	@sed -i.bak -e 's#\(href="[0-9][0-9]_[a-z_]*\)\.ipynb#\1.html#g' -e 's#href="\.\./#href="../../#g' $(COURSE)/*.html
-	@rm $(COURSE)/*.bak
-	@echo; echo "The executed course: $(COURSE)/, as notebooks and as HTML pages to open in a browser"
+	@$(BIN)/python -m sphinx -q -b html -d $(COURSE)/doctrees -c notebooks $(COURSE)/source $(COURSE)
+	@echo "The executed course: open $(COURSE)/index.html in a browser"
 
 test: .venv/.installed browser
 	$(BIN)/ruff format --check .

@@ -257,6 +257,7 @@ VARIANTS: dict[str, Variant] = {
         _relative("Depth", 128, guidance=10.0, pipeline="FluxControlPipeline", shown="depth"),
         _TINY_DEV,
         _schnell(_TINY_DEV),
+        TINY_FILL,
     )
 }
 

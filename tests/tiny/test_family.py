@@ -18,7 +18,7 @@ from fluxlab.config import TINY_FILL, TINY_KONTEXT
 from fluxlab.files import write_tensors
 from fluxlab.pipeline.control import edges
 from fluxlab.tiny.edits import ASKED, KINDS, judge_edit, of_edits, random_edit
-from fluxlab.tiny.family import Edits, Holes, encode_edits, encode_holes, learn_instructions, widened
+from fluxlab.tiny.family import Edits, Holes, encode_edits, encode_holes, learn_instructions, measure_fill, widened
 from fluxlab.tiny.follow import Adapter
 from fluxlab.tiny.holes import half_around, hole_on, judge_hole, masks_of, random_hole, scenes_with_holes
 from fluxlab.tiny.recipe import SMOKE
@@ -245,3 +245,13 @@ def test_an_adapter_begins_as_the_model_and_is_what_the_file_does(tmp_path):
 def test_no_such_member(tmp_path):
     with pytest.raises(ValueError, match="member is 'redux'; there are fill, kontext and canny"):
         train_member("redux", tmp_path)
+
+
+def test_flux_tiny_fill_paints_what_is_asked_and_keeps_the_rest():
+    """Of prompts that name only the hole's thing; the card has the shares of 64 boxes and 64 halves."""
+    rows = measure_fill(fl.load("flux-tiny-fill-dev"), 32)
+    found = {(row["hole is"], row["outside"]): row for row in rows}
+    for shape in ("box", "half"):
+        assert found[shape, "as painted"]["hole"] >= 0.85
+        assert found[shape, "as painted"]["error"] < 15
+        assert found[shape, "pasted back"]["kept"] == 1

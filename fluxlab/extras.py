@@ -2,12 +2,9 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
-
-# what torchao, which transformers imports where it is installed, has logged while it is imported: about GPU kernels
-_LOUD = ("torchao", "torch.utils._pytree")
 
 
 @contextmanager
@@ -18,12 +15,12 @@ def importing() -> Iterator[None]:
         ImportError: it cannot be imported; the message says what to install.
     """
     try:
-        with ExitStack() as quiet:
-            for name in _LOUD:
-                logger = logging.getLogger(name)
-                quiet.callback(logger.setLevel, logger.level)
-                logger.setLevel(logging.ERROR)
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # torchao and others log, while they are imported, of kernels they lack
+        try:
             yield
+        finally:
+            logging.disable(before)
     except (ImportError, RuntimeError) as error:
         cause: BaseException = error
         while cause.__cause__ is not None:

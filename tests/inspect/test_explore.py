@@ -13,9 +13,9 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from tests.onnx.test_netron import CHROMIUM, Browser, wait_for
+from tests.browser import Browser, needed, wait_for
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; on Debian or Ubuntu: apt-get install chromium")
+pytestmark = needed
 
 CELL = """
 import torch

@@ -251,10 +251,10 @@ class TestSpoiltGGUF:
 @linux
 def test_what_stays_small_takes_the_memory_of_one_layer(tmp_path):
     """float32 on disk, bfloat16 in the forward: nothing of it stays."""
-    tensors = {f"{i}.weight": torch.zeros(2048, 2048) for i in range(24)}
+    tensors = {f"{i}.weight": torch.zeros(2048, 2048) for i in range(40)}
     write_tensors(tensors, tmp_path / "x.safetensors")
     before = f"""
-net = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False, device="meta") for _ in range(24)))
+net = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False, device="meta") for _ in range(40)))
 x = torch.zeros(1, 2048, dtype=torch.bfloat16)
 path = {str(tmp_path / "x.safetensors")!r}
 """
@@ -263,8 +263,8 @@ path = {str(tmp_path / "x.safetensors")!r}
         for low in ("", ", low_memory=True")
     ]
     layer = 2048 * 2048 * 2
-    assert grown[0] > 24 * layer
-    assert grown[1] < 10 * layer
+    assert grown[0] > 40 * layer
+    assert grown[1] < 40 * layer / 3  # some processors' products take work space of several layers
 
 
 def test_a_forward_that_fails_leaves_no_layer_behind(tmp_path):

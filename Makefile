@@ -20,14 +20,16 @@ REUSE := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000
 	touch $@
 
 course: .venv/.installed
-	@echo "executing $(words $(NOTEBOOKS)) chapters, then building the site in $(COURSE)/: some ten minutes"
+	@echo "executing $(words $(NOTEBOOKS)) chapters, then building the site in $(COURSE)/: five to ten minutes"
 	@rm -rf $(COURSE) && mkdir -p $(COURSE)/source
 	@for notebook in $(NOTEBOOKS); do \
 		start=$$(date +%s); printf '%s' "$$notebook"; \
-		$(NBCONVERT) --execute --to notebook --output-dir $(COURSE)/source $$notebook || exit 1; \
+		$(NBCONVERT) --execute --to notebook --output-dir $(COURSE)/source $$notebook 2>$(COURSE)/log || \
+			{ cat $(COURSE)/log; exit 1; }; \
 		echo "  $$(($$(date +%s) - start)) s"; \
 	done
 	@$(BIN)/python -m sphinx -q -b html -d $(COURSE)/doctrees -c notebooks $(COURSE)/source $(COURSE)
+	@rm -rf $(COURSE)/log $(COURSE)/../jupyter_execute
 	@echo "The executed course: open $(COURSE)/index.html in a browser"
 
 test: .venv/.installed browser

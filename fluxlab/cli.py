@@ -42,7 +42,6 @@ def _command(function: Callable[..., None]) -> None:
         except (ValueError, OSError, ImportError, MemoryError, ArithmeticError, torch.OutOfMemoryError) as error:
             typer.secho(f"fluxlab: {' '.join(str(error).split()) or type(error).__name__}", err=True, fg="red")
             raise typer.Exit(2) from error
-
         except RuntimeError as error:
             if processes() < 2:
                 raise

@@ -39,8 +39,26 @@ def _check_sizes(config: Any, *names: str, least: int = 1) -> None:
         whole(name, getattr(config, name), least, error=ConfigError)
 
 
+class _Widths:
+    """What follows from the sizes of either transformer."""
+
+    hidden_size: int
+    num_heads: int
+    mlp_ratio: float
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one head: 128."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_hidden_dim(self) -> int:
+        """Hidden width of an MLP: 12288."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+
 @dataclass(frozen=True)
-class FluxConfig:
+class FluxConfig(_Widths):
     """Sizes of the transformer. The defaults are FLUX.1 [dev]'s."""
 
     in_channels: int = 64  # 64: a 2x2 patch of a 16-channel latent; more where an edit model is shown a second picture
@@ -73,19 +91,9 @@ class FluxConfig:
             said = f"axes_dim is {self.axes_dim}, which sums to {sum(self.axes_dim)}"
             raise ConfigError(f"{said}; it must sum to the width of a head, hidden_size / num_heads = {self.head_dim}")
 
-    @property
-    def head_dim(self) -> int:
-        """Features of one head: 128."""
-        return self.hidden_size // self.num_heads
-
-    @property
-    def mlp_hidden_dim(self) -> int:
-        """Hidden width of an MLP: 12288."""
-        return int(self.hidden_size * self.mlp_ratio)
-
 
 @dataclass(frozen=True)
-class Flux2Config:
+class Flux2Config(_Widths):
     """Sizes of FLUX.2's transformer. The defaults are its [dev]'s."""
 
     in_channels: int = 128  # a 2x2 patch of a latent of 32 channels
@@ -108,16 +116,6 @@ class Flux2Config:
     def out_channels(self) -> int:
         """Numbers of a token's velocity: 128."""
         return self.in_channels
-
-    @property
-    def head_dim(self) -> int:
-        """Features of one head: 128."""
-        return self.hidden_size // self.num_heads
-
-    @property
-    def mlp_hidden_dim(self) -> int:
-        """Hidden width of the MLP."""
-        return int(self.hidden_size * self.mlp_ratio)
 
 
 @dataclass(frozen=True)
@@ -283,11 +281,7 @@ FLUX2 = {
 
 
 def described(name: str) -> Variant | Second:
-    """The variant of that name, or one of FLUX.2, whose transformer can be built and counted.
-
-    Raises:
-        ConfigError: there is none; the message gives the nearest names.
-    """
+    """The variant of that name, or one of FLUX.2, whose transformer can be built and counted; errors as ``variant``'s."""
     return FLUX2[name] if name in FLUX2 else variant(name)
 
 

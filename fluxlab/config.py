@@ -281,7 +281,7 @@ FLUX2 = {
 
 
 def described(name: str) -> Variant | Second:
-    """The variant of that name, or one of FLUX.2, whose transformer can be built and counted; errors as ``variant``'s."""
+    """The variant of that name, or one of FLUX.2, which can be built and counted; errors as ``variant``'s."""
     return FLUX2[name] if name in FLUX2 else variant(name)
 
 

@@ -1,8 +1,10 @@
 """The check cells of the course."""
 
 import pytest
+import torch
 
 import fluxlab as fl
+from fluxlab.course.exercise import fingerprint
 
 
 @pytest.mark.parametrize(
@@ -22,3 +24,29 @@ def test_an_answer_is_told_whether_it_is_right(capsys, answer, says):
 def test_an_answer_that_cannot_be_reckoned_with_is_wrong(capsys):
     fl.check(0, lambda a: 1 / a > 0, "Not zero.")
     assert capsys.readouterr().out.startswith("not yet")
+
+
+@pytest.mark.parametrize(
+    ("right", "also", "wrong"),
+    [
+        (0.26949, (0.2694, 0.27, 0.269), (0.273, -0.269, 269, "0.269")),
+        (7.1968, (7.2, 7.19), (7.22, 7)),
+        (3072, (3072.0,), (3071, 3073, 30720)),
+        (2.0, (2,), (2.01, True)),
+        ("T5", ("t5", " T5 "), ("CLIP", 5)),
+        (True, (True,), (False, 1)),
+        ((0, 5, 9), ([0, 5, 9],), ((0, 9, 5), (0, 5), 59)),
+        ([0.8492, 12], ((0.85, 12),), ((0.8492, 13),)),
+    ],
+)
+def test_a_right_answer_is_known_by_its_fingerprint(capsys, right, also, wrong):
+    for answer in (right, *also):
+        fl.check(answer, fingerprint(right), "A hint.")
+        assert capsys.readouterr().out == "right\n"
+    for answer in wrong:
+        fl.check(answer, fingerprint(right), "A hint.")
+        assert capsys.readouterr().out.startswith("not yet")
+
+
+def test_a_tensor_is_an_answer():
+    assert fingerprint(torch.tensor([1, 2])) == fingerprint((1, 2))

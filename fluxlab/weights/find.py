@@ -53,11 +53,12 @@ def find_files(
 
     Args:
         variant: whose files they are.
-        source: nothing for the embedded variants; else a folder laid out as the official repository is
-            (``flux1-dev.safetensors``, ``ae.safetensors``, ``text_encoder``, ``text_encoder_2``, ``tokenizer``,
-            ``tokenizer_2``) or as diffusers does (``transformer``, ``vae`` and the same); or a file of one part or of
-            several; or the name of a repository on the Hugging Face hub (``owner/name``), from which what is not in the
-            local cache is downloaded, once it is said how much that is.
+        source: a folder laid out as the official repository is (``flux1-dev.safetensors``, ``ae.safetensors``,
+            ``text_encoder``, ``text_encoder_2``, ``tokenizer``, ``tokenizer_2``) or as diffusers does (``transformer``,
+            ``vae`` and the same); or a file of one part or of several; or the name of a repository on the Hugging Face
+            hub (``owner/name``), from which what is not in the local cache is downloaded, once it is said how much that
+            is. Without it: data/ for the embedded variants; for the others such a folder that the environment variable
+            FLUXLAB_WEIGHTS names, or the one in it that has the name of their repository, such as ``FLUX.1-dev``.
         transformer: a file or a folder of shards, in place of the source's.
         autoencoder: likewise.
         t5: likewise, or a folder in the Hugging Face format.
@@ -77,18 +78,21 @@ def find_files(
         "clip": ("text_encoder",),
         "clip_tokenizer": ("tokenizer",),
     }
+    if source is None and not given and not variant.embedded and (own := os.environ.get("FLUXLAB_WEIGHTS")):
+        named = Path(own).expanduser() / str(variant.repo).rpartition("/")[2]
+        source = named if named.is_dir() else named.parent
     path = None if source is None else Path(source).expanduser()
     if path is None and not given and not variant.embedded:
         raise WeightsError(
-            f"the weights of {variant.name} are not carried in data/; give source=, a folder that holds "
+            f"the weights of {variant.name} are not carried in data/; give source= or set FLUXLAB_WEIGHTS, a folder that holds "
             f"{variant.transformer_file}, {variant.autoencoder_file} and the text encoders, or the hub repository "
             f"{variant.repo!r} to download them from; or files: transformer=, autoencoder=, t5=, clip=, and the folder "
             f"tokenizers=. For shapes alone, build({variant.name!r}, device='meta')"
         )
     found: dict[str, Path] = {}
     if variant.embedded and (path is None or path.is_file()):
-        own = (variant.transformer_file, variant.autoencoder_file, variant.t5, variant.t5, variant.clip, variant.clip)
-        found = dict(zip(places, map(data_folder().joinpath, own), strict=True))
+        names = (variant.transformer_file, variant.autoencoder_file, variant.t5, variant.t5, variant.clip, variant.clip)
+        found = dict(zip(places, map(data_folder().joinpath, names), strict=True))
     if path is not None and path.is_file():
         found |= {part.kind: path for part in which(path)}
     elif path is not None:

@@ -76,6 +76,19 @@ def test_a_bundle_paints(bundle, tiny, words, stranger):
     assert fl.load("flux-tiny-dev", bundle).text.t5_length == TINY.t5_length  # with the tokenizers of data/
 
 
+@pytest.mark.parametrize("within", ["", "name"])
+def test_the_files_of_a_model_are_found_where_the_variable_points(tmp_path, tiny, words, stranger, monkeypatch, within):
+    folder = tmp_path / "all"
+    folder.parent.joinpath(within and "all").mkdir(exist_ok=True)
+    convert(TINY, folder / within, "diffusers")
+    monkeypatch.setenv("FLUXLAB_WEIGHTS", str(folder))
+    assert same(fl.load("flux-dev", dtype=torch.float32), tiny)
+    assert same(fl.load("flux-tiny-dev"), tiny)  # its own stay
+    monkeypatch.setenv("FLUXLAB_WEIGHTS", str(tmp_path / "away"))
+    with pytest.raises(fl.WeightsError, match="away"):
+        fl.load("flux-dev")
+
+
 def test_loose_files_without_tokenizers_are_refused(bundle, stranger):
     loose = {"transformer": bundle, "autoencoder": bundle, "t5": bundle, "clip": bundle}
     message = (

@@ -84,10 +84,10 @@ def find_files(
     path = None if source is None else Path(source).expanduser()
     if path is None and not given and not variant.embedded:
         raise WeightsError(
-            f"the weights of {variant.name} are not carried in data/; give source= or set FLUXLAB_WEIGHTS, a folder that holds "
-            f"{variant.transformer_file}, {variant.autoencoder_file} and the text encoders, or the hub repository "
-            f"{variant.repo!r} to download them from; or files: transformer=, autoencoder=, t5=, clip=, and the folder "
-            f"tokenizers=. For shapes alone, build({variant.name!r}, device='meta')"
+            f"the weights of {variant.name} are not carried in data/; give source=, or set FLUXLAB_WEIGHTS, a folder "
+            f"that holds {variant.transformer_file}, {variant.autoencoder_file} and the text encoders; or the hub "
+            f"repository {variant.repo!r} to download them from; or files: transformer=, autoencoder=, t5=, clip=, "
+            f"and the folder tokenizers=. For shapes alone, build({variant.name!r}, device='meta')"
         )
     found: dict[str, Path] = {}
     if variant.embedded and (path is None or path.is_file()):

@@ -22,7 +22,8 @@ from fluxlab.model.transformer import Flux, build
 from fluxlab.onnx.export import export_onnx
 from fluxlab.pipeline.inputs import FluxInputs, example_inputs
 from fluxlab.pipeline.latents import image_ids, noise, pack, text_ids, unpack
-from fluxlab.pipeline.pipeline import Pipeline, load
+from fluxlab.pipeline.load import load
+from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.pipeline.sampling import Step, denoise
 from fluxlab.pipeline.schedule import schedule
 from fluxlab.weights.load import load_weights

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from fluxlab.pipeline.pipeline import load
+from fluxlab.pipeline.load import load
 
 PROMPTS = (
     "a small red circle left of a large blue square on a white background",

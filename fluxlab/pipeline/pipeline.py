@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from fluxlab.config import Variant, variant, whole
+from fluxlab.config import Variant, whole
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.checks import as_batch, as_list, as_weights, check_guidance, check_shown, first_step, starts_from
@@ -25,10 +24,9 @@ from fluxlab.pipeline.redux import Redux
 from fluxlab.pipeline.sampling import Step, denoise
 from fluxlab.pipeline.schedule import schedule
 from fluxlab.pipeline.shown import Shown, as_mask, preferred_size
-from fluxlab.pipeline.text import TextEncoders, tokenizer
+from fluxlab.pipeline.text import TextEncoders
 from fluxlab.pipeline.tiles import decode, encode
-from fluxlab.weights.find import Files, find_files
-from fluxlab.weights.load import autoencoder_config, empty_encoder, fill, fit, weights_of
+from fluxlab.weights.find import Files
 from fluxlab.weights.lora import Lora
 
 Pictures = Picture | list[Picture]
@@ -265,62 +263,3 @@ class Pipeline:
                 said = f"{name} is {side}; it must be a multiple of {PIXELS}, one token is {PIXELS}x{PIXELS} pixels"
                 raise ValueError(f"{said}: try {max(PIXELS, round(sides[-1] / PIXELS) * PIXELS)}")
         return sides[0], sides[1]
-
-
-def load(
-    name: str,
-    source: str | Path | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    *,
-    lora: Mapping[Any, float] | None = None,
-    redux: str | Path | None = None,
-    low_memory: bool | None = None,
-    **files: str | Path | None,
-) -> Pipeline:
-    """A model with its weights, ready to paint; in float32 for flux-tiny and in bfloat16 for the others by default.
-
-    Args:
-        name: of the variant; flux-tiny's are carried in the repository.
-        source: a folder as the official repository is or as diffusers writes it, a file of one part or of several, or
-            a repository on the Hugging Face hub.
-        device: where the model runs.
-        dtype: of the weights and of the arithmetic. Quantized files are widened to it.
-        lora: LoRA files, each with its strength; they are kept apart, and the pipeline's ``lora`` takes them off.
-        redux: the folder of FLUX.1-Redux-dev: then ``image=`` is one picture to vary, or several.
-        low_memory: whether each layer's weights are read, widened and moved when it runs, and left when it has run, so
-            that a model larger than the memory runs; by default, if they would not fit.
-        **files: ``transformer``, ``autoencoder``, ``t5``, ``clip``: loose files (or folders), each in place of the
-            source's; ``tokenizers``: the folder that holds ``tokenizer_2`` and ``tokenizer``.
-
-    Raises:
-        ConfigError: no such variant.
-        ValueError: no such device here, or no floating dtype.
-        WeightsError: files are missing, or hold another model.
-    """
-    chosen = variant(name)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device is {str(device)!r}, which cannot be used here ({error})") from error
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype is {dtype!r}; give a floating dtype of torch, such as torch.bfloat16")
-    if redux is not None and chosen.shown != "nothing":
-        raise ValueError(f"redux is given, and image= of {name} means something else; give it to dev, Krea or schnell")
-    found = find_files(chosen, source, **files)
-    dtype = dtype or (torch.float32 if chosen.embedded else torch.bfloat16)
-    with torch.device("meta"):
-        model, autoencoder = Flux(chosen.transformer), AutoEncoder(autoencoder_config(chosen, found.autoencoder))
-    t5, clip = (empty_encoder(kind, getattr(found, kind), chosen) for kind in ("t5", "clip"))
-    words = tokenizer("t5", found.t5_tokenizer), tokenizer("clip", found.clip_tokenizer)
-    parts: list[torch.nn.Module] = [model, autoencoder, t5, clip]
-    paths = found.transformer, found.autoencoder, found.t5, found.clip
-    tensors = [weights_of(part, path, dtype) for part, path in zip(parts, paths, strict=True)]
-    low_memory = not fit(tensors, device) if low_memory is None else low_memory
-    for part, own in zip(parts, tensors, strict=True):
-        fill(part, own, device, low_memory)
-    text = TextEncoders(t5, words[0], chosen.t5_length, clip, words[1], chosen.clip_length, device)
-    pipe = Pipeline(chosen, model, autoencoder, text, device, dtype, files=found)
-    pipe.lora = pipe.add_lora(lora) if lora else None
-    pipe.redux = Redux.load(redux, device, dtype, chosen.transformer.context_in_dim) if redux else None
-    return pipe

@@ -120,7 +120,12 @@ def export(
     flat: Annotated[bool, Option(help="Without functions: for onnxslim, OpenVINO, quantizers of your own.")] = False,
     quantize: Annotated[str | None, Option(help="int8: products of integers, with --weights; flat, opset 17.")] = None,
 ) -> None:
-    """Write ONNX graphs, maps, diagrams and grids of pictures: all of exported/, or one model's ONNX file."""
+    """Write ONNX graphs, maps, diagrams and grids of pictures: all of exported/, or one model's ONNX file.
+
+    Without --weights a file has no numbers: it is to be looked at, in Netron, and does not run. With them it is for
+    onnxruntime, onnxslim, onnxsim and onnx-graphsurgeon; with --flat for OpenVINO and for quantizers and converters
+    of your own; with --opset 17 for tools that know no later one. exported/README.md has the whole table.
+    """
     if variant is not None:
         target = output if output.suffix == ".onnx" else output / f"{variant}-{part}.onnx"
         how: Any = {"weights": weights, "source": source, "dtype": dtype, "opset": opset, "flat": flat}

@@ -2,8 +2,8 @@
 
 A drawing is a table. A line of cells is a box: its key; its place (left and right in pixels, row, rows it is tall); its
 look (T text, I image, S steering, s steered, M where tokens meet, - none of these), its part, chapters; its title; its
-note, where a slash ends a line. Other lines are chains of arrows from key to key; a number after two keys is the upright
-that the arrow takes, and the words after it are its label.
+note, where a slash ends a line. Other lines are chains of arrows from key to key; a number after two keys is an upright
+to take, and the words after it are the label.
 """
 
 import difflib

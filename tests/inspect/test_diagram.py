@@ -66,14 +66,24 @@ def test_no_text_touches_its_frame_or_another_text():
             taken = []
             for text in inside:
                 (a, b, c, d), x, y = extent(text)
-                if not left < x < right + 1:  # the label of an arrow
+                if not (left < x < right and top < y < bottom):  # the label of an arrow
                     continue
                 room = (x + a - left, right - x - c, y + b - top, bottom - y - d)
-                assert min(room) >= 2, (text.text, room)
+                assert min(room) >= 4, (text.text, room)
+                if text.get("text-anchor") == "middle":
+                    assert c - a <= 0.9 * (right - left), text.text  # a sixth less in the usual fonts
                 taken.append((x + a, y + b, x + c, y + d))
             for one, other in itertools.combinations(taken, 2):
                 apart = one[2] < other[0] or other[2] < one[0] or one[3] < other[1] or other[3] < one[1]
                 assert apart, [text.text for text in inside]
+
+
+def test_a_phone_shows_every_word_large_enough():
+    for diagram in drawings():
+        page = float(ElementTree.fromstring(diagram.svg).get("viewBox").split()[2])
+        sizes = {int(text.get("font-size")) for text in elements(diagram, "text")}
+        assert min(sizes) * 370 / page >= 9  # pixels, on a screen of 400 with its margins
+        assert "max-width: 100%" in diagram.svg
 
 
 def test_no_box_lies_on_another():
@@ -103,32 +113,80 @@ def joined(diagram):
     return [(at(start), at(end), colour, dashed) for start, end, colour, dashed in lines(diagram)]
 
 
+def arrows(diagram):
+    """Each arrow as "this > that"."""
+    return [f"{start} > {end}" for start, end, _, _ in joined(diagram)]
+
+
 def test_the_loop_gives_the_next_time_and_the_moved_tokens():
     dashed = {(start, end) for start, end, _, dashed in joined(fl.model_map()) if dashed}
     assert dashed == {("Euler step", "t"), ("Euler step", "img_in")}
 
 
 def test_modulation_and_rotation_reach_what_they_steer():
-    reached = [(start, end) for start, end, _, _ in joined(fl.model_map())]
+    found = arrows(fl.model_map())
     double, single = "19 × double-stream block", "38 × single-stream block"
-    assert {end for start, end in reached if start == "modulation"} == {double, single, "last layer"}
-    assert {end for start, end in reached if start == "RoPE"} == {double, single}
-    assert {start for start, end in reached if end == "vec"} == {"t", "guidance", "CLIP text"}
-    assert reached.count((double, single)) == 2  # text and image
+    for start, ends in {
+        "t": ["vec"],
+        "guidance": ["vec"],
+        "CLIP": ["vec"],
+        "vec": ["modulation"],
+        "modulation": [double, single, "last layer"],
+        "places": ["RoPE"],
+        "RoPE": [double, single],
+        "txt_in": [double],
+        "img_in": [double],
+        double: [single, single],  # text and image
+        single: ["last layer"],
+        "last layer": ["Euler step"],
+    }.items():
+        assert sorted(arrow for arrow in found if arrow.startswith(f"{start} > ")) == [f"{start} > {e}" for e in ends]
+    assert not any("guidance" in arrow for arrow in arrows(fl.model_map("flux-schnell")))
 
 
-@pytest.mark.parametrize(
-    ("kind", "sources"),
-    [("double", ["txt_mod", "img_mod"] * 4 + ["vec"] * 2), ("single", ["modulation"] * 2 + ["vec"])],
-)
-def test_a_blocks_modulation_reaches_every_step_that_it_steers(kind, sources):
-    diagram = fl.block_diagram(kind)
-    blue = [(start, end) for start, end, colour, _ in joined(diagram) if colour == "#2563eb"]
-    assert sorted(start for start, _ in blue) == sorted(sources)
-    steered = [title for title in texts(diagram) if title.startswith("×")]
-    assert sorted(end for _, end in blue if end.startswith("×")) == sorted(steered)
-    attention = next(title for title in texts(diagram) if "attend" in title)
-    assert ("pe", attention) in {(start, end) for start, end, _, _ in joined(diagram)}
+def test_a_double_block_joins_text_and_image_then_rotates_then_attends():
+    found = arrows(fl.block_diagram("double"))
+    chain = ["qkv", "QK-norm", "join, text first", "rotate q and k", "attention", "proj", "× gate1, then add"]
+    chain += ["LayerNorm", "MLP", "× gate2, then add"]
+    for start, end in itertools.pairwise(chain):
+        streams = 1 if "rotate" in start + end else 2
+        assert found.count(f"{start} > {end}") == streams, (start, end)
+    assert "pe > rotate q and k" in found
+    for stream in ("txt", "img"):
+        steered = [arrow for arrow in found if arrow.startswith(f"{stream}_mod > ")]
+        assert steered == [f"{stream}_mod > {end}" for end in ("LayerNorm", chain[6], "LayerNorm", chain[9])]
+        assert {f"vec > {stream}_mod", f"{stream} > LayerNorm", f"{stream} > {chain[6]}"} <= set(found)
+    assert found.count(f"{chain[6]} > {chain[9]}") == 2  # past the MLP
+
+
+def test_a_single_block_rotates_beside_its_mlp():
+    found = arrows(fl.block_diagram("single"))
+    chain = ["x, text first", "LayerNorm", "linear1", "q, k, v", "QK-norm", "rotate q, k", "attention", "side by side"]
+    chain += ["linear2", "× gate, then add"]
+    wanted = [f"{start} > {end}" for start, end in itertools.pairwise(chain)]
+    wanted += ["linear1 > GELU", "GELU > side by side", "pe > rotate q, k", "x, text first > × gate, then add"]
+    wanted += ["vec > modulation", "modulation > LayerNorm", "modulation > × gate, then add"]
+    assert sorted(found) == sorted(wanted)
+
+
+def test_steering_alone_is_green():
+    for diagram, sources in (
+        (fl.model_map(), {"t", "guidance", "vec", "modulation"}),
+        (fl.block_diagram("double"), {"vec", "txt_mod", "img_mod"}),
+        (fl.block_diagram("single"), {"vec", "modulation"}),
+    ):
+        for start, _, colour, _ in joined(diagram):
+            assert (colour == "#009e73") == (start in sources)
+
+
+def test_chapters_stand_by_themselves_in_the_map():
+    """The site makes a link of each text of two digits."""
+    shown = [text for text in texts(fl.model_map()) if text and text.isdigit() and len(text) == 2]
+    assert set(shown) == {f"{number:02}" for number in range(1, 12)}
+
+
+def test_a_drawing_says_its_arrows_in_words():
+    assert "modulation to last layer" in ElementTree.fromstring(fl.model_map().svg).get("aria-label")
 
 
 def test_a_partial_token_is_drawn_whole():
@@ -137,10 +195,10 @@ def test_a_partial_token_is_drawn_whole():
 
 def test_a_lit_part_stands_out():
     plain, lit = (fl.model_map(lit=part).svg for part in (None, "rope"))
-    assert plain.count("#d97706") == 0
-    assert lit.count("#d97706") == 1
-    assert fl.model_map(lit=["rope", "vae"]).svg.count("#d97706") == 2
-    assert fl.model_map(lit=["embeddings", "modulation"]).svg.count("#d97706") == 4  # t, guidance, vec, modulation
+    assert plain.count("#ffe08a") == 0
+    assert lit.count("#ffe08a") == 1
+    assert fl.model_map(lit=["rope", "vae"]).svg.count("#ffe08a") == 2
+    assert fl.model_map(lit=["embeddings", "modulation"]).svg.count("#ffe08a") == 4  # t, guidance, vec, modulation
 
 
 def test_a_part_that_does_not_exist_is_refused_with_the_nearest():
@@ -162,7 +220,8 @@ def test_a_block_is_drawn_with_the_shapes_that_its_tensors_have(kind, name):
     if kind == "single":
         names = ("single_blocks.0.linear1", "single_blocks.0.mlp_act")
     for tensor in names:
-        assert " × ".join(map(str, shapes[tensor][1:])) in shown
+        shape = " × ".join(map(str, shapes[tensor][1:]))
+        assert {shape, f"GELU, {shape}"} & set(shown)
 
 
 def test_another_kind_of_block_is_refused(as_users_run_it):

@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import trange
 
 from fluxlab.config import TINY_FILL, TINY_KONTEXT, FluxConfig, Variant
-from fluxlab.files import read_tensors, write_tensors
+from fluxlab.files import read_tensors
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.latents import COMPRESSION, PIXELS, pack, unpack
@@ -35,7 +34,7 @@ from fluxlab.tiny.distil import distil_guidance
 from fluxlab.tiny.edits import ASKED, KINDS, Edit, judge_edit, of_edits, random_edit
 from fluxlab.tiny.holes import Hole, judge_hole, masks_of, random_hole, scenes_with_holes
 from fluxlab.tiny.loop import fit
-from fluxlab.tiny.pictures import USUAL, Pictures, draw, pixels_of, save_grid, to_float
+from fluxlab.tiny.pictures import USUAL, Examples, Pictures, draw, encode, pixels_of, save_grid, to_float
 from fluxlab.tiny.recipe import Recipe
 from fluxlab.tiny.train_flow import learn_flow
 from fluxlab.tiny.train_text import Reader, new_text_encoders, train_tokenizers
@@ -44,25 +43,20 @@ from fluxlab.tiny.world import Picture, random_scene
 
 
 def encode_holes(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEncoders) -> None:
-    """Two holes for each picture: the latents of the whole and of the rest, the holes, and the prompts' tokens."""
-    if (path := run / "fill-{}x{}.safetensors".format(*USUAL)).exists():
-        return
+    """Two holes for each picture: the latents of the whole and of the rest, the holes, and the prompts."""
     rng = np.random.default_rng((recipe.seed, 7))
     drawn = draw(recipe.fill_pictures, *USUAL, (recipe.seed + 4, *USUAL))
-    latents, rest, boxes, prompts = [], [], [], []
-    for _ in trange(0, recipe.fill_pictures, 16, desc=path.stem, unit="batch", mininterval=10):
-        batch = list(islice(drawn, 16))
+
+    def some(number: int) -> Examples:
+        batch = list(islice(drawn, number // 2))
         holes = [random_hole(picture, rng) for picture in batch for _ in range(2)]
-        boxes.append(torch.tensor([hole.box for hole in holes]))
-        prompts += [hole.prompt for hole in holes]
-        pixels = to_float(pixels_of(batch))
-        masked = pixels.repeat_interleave(2, 0) * (1 - masks_of(boxes[-1], *USUAL))
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            latents += [autoencoder.encode(few).half().repeat_interleave(2, 0) for few in pixels.split(4)]
-            rest += [autoencoder.encode(few).half() for few in masked.split(4)]
-    t5_ids, clip_ids = (ids.short() for ids in text.tokenize(prompts))
-    tensors = {"latents": torch.cat(latents), "rest": torch.cat(rest), "boxes": torch.cat(boxes).short()}
-    write_tensors(tensors | {"t5_ids": t5_ids, "clip_ids": clip_ids}, path)
+        boxes = torch.tensor([hole.box for hole in holes])
+        pixels = to_float(pixels_of(batch)).repeat_interleave(2, 0)
+        rest = pixels * (1 - masks_of(boxes, *USUAL))
+        return {"latents": pixels, "rest": rest}, {"boxes": boxes.short()}, [hole.prompt for hole in holes]
+
+    path = run / "fill-{}x{}.safetensors".format(*USUAL)
+    encode(path, 2 * recipe.fill_pictures, some, autoencoder, text)
 
 
 class Holes(Pictures):
@@ -202,26 +196,22 @@ def learn_instructions(run: Path, recipe: Recipe, known: TextEncoders) -> TextEn
 
 def encode_edits(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEncoders) -> None:
     """The latents before and after each edit, the tokens it changes, what each shows after, and the words."""
-    if (path := run / "kontext-{}x{}.safetensors".format(*USUAL)).exists():
-        return
     rng = np.random.default_rng((recipe.seed, 9))
-    columns: dict[str, list[Tensor]] = {name: [] for name in ("latents", "before", "changed", "truth")}
-    told: list[str] = []
-    for _ in trange(0, recipe.edits, 16, desc=path.stem, unit="batch", mininterval=10):
-        edits = [random_edit(rng) for _ in range(16)]
+
+    def some(number: int) -> Examples:
+        edits = [random_edit(rng) for _ in range(number)]
         captions = [edit.after.scene.caption(rng, complete=True) for edit in edits]
-        by_caption = rng.random(len(edits)) < recipe.told_by_caption
-        told += [c if by else edit.instruction for c, by, edit in zip(captions, by_caption, edits, strict=True)]
-        for name, pictures in (("latents", [e.after for e in edits]), ("before", [e.before for e in edits])):
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                columns[name] += [autoencoder.encode(few).half() for few in to_float(pixels_of(pictures)).split(4)]
+        by_caption = rng.random(number) < recipe.told_by_caption
+        told = [c if by else edit.instruction for c, by, edit in zip(captions, by_caption, edits, strict=True)]
+        sides = {"latents": [edit.after for edit in edits], "before": [edit.before for edit in edits]}
         changed = np.stack([edit.changed for edit in edits])
         touched = reduce(changed, "b (h p) (w q) -> b (h w)", "max", p=PIXELS, q=PIXELS)
-        columns["changed"].append(torch.from_numpy(touched).byte())
-        columns["truth"].append(torch.stack([of_tokens(edit.after).byte() for edit in edits]))
-    t5_ids, clip_ids = (ids.short() for ids in text.tokenize(told))
-    tensors = {name: torch.cat(column) for name, column in columns.items()}
-    write_tensors(tensors | {"t5_ids": t5_ids, "clip_ids": clip_ids}, path)
+        truth = torch.stack([of_tokens(edit.after).byte() for edit in edits])
+        others = {"changed": torch.from_numpy(touched).byte(), "truth": truth}
+        return {name: to_float(pixels_of(pictures)) for name, pictures in sides.items()}, others, told
+
+    path = run / "kontext-{}x{}.safetensors".format(*USUAL)
+    encode(path, recipe.edits, some, autoencoder, text)
 
 
 class Edits(Pictures):

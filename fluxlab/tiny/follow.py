@@ -16,10 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from tqdm.auto import trange
 
 from fluxlab.config import VARIANTS
-from fluxlab.files import write_tensors
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.control import edges
@@ -30,7 +28,7 @@ from fluxlab.pipeline.shown import Shown
 from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.loop import fit
 from fluxlab.tiny.measure import judge
-from fluxlab.tiny.pictures import USUAL, Pictures, draw, pixels_of, to_float
+from fluxlab.tiny.pictures import USUAL, Examples, Pictures, draw, encode, pixels_of, to_float
 from fluxlab.tiny.recipe import Recipe
 from fluxlab.tiny.train_flow import noisy
 from fluxlab.weights.load import load_weights
@@ -79,23 +77,17 @@ class EdgedPictures(Pictures):
 
 
 def encode_edges(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEncoders) -> None:
-    """The latents of pictures and of their edges, and their captions' tokens."""
-    if (path := run / "canny-{}x{}.safetensors".format(*USUAL)).exists():
-        return
+    """The latents of pictures and of their edges, and their captions."""
     drawn = draw(recipe.canny_pictures, *USUAL, (recipe.seed + 5, *USUAL))
-    latents: list[Tensor] = []
-    lines: list[Tensor] = []
-    captions: list[str] = []
-    for _ in trange(0, recipe.canny_pictures, 16, desc=path.stem, unit="batch", mininterval=10):
-        batch = list(islice(drawn, 16))
-        captions += [picture.caption for picture in batch]
-        found = np.stack([np.asarray(edges(Image.fromarray(picture.pixels))) for picture in batch])
-        for kept, pixels in ((latents, pixels_of(batch)), (lines, torch.from_numpy(found).permute(0, 3, 1, 2))):
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                kept += [autoencoder.encode(few).half() for few in to_float(pixels).split(4)]
-    t5_ids, clip_ids = (ids.short() for ids in text.tokenize(captions))
-    tensors = {"latents": torch.cat(latents), "edges": torch.cat(lines), "t5_ids": t5_ids, "clip_ids": clip_ids}
-    write_tensors(tensors, path)
+
+    def some(number: int) -> Examples:
+        batch = list(islice(drawn, number))
+        lines = np.stack([np.asarray(edges(Image.fromarray(picture.pixels))) for picture in batch])
+        pictures = {"latents": pixels_of(batch), "edges": torch.from_numpy(lines).permute(0, 3, 1, 2)}
+        return {name: to_float(each) for name, each in pictures.items()}, {}, [picture.caption for picture in batch]
+
+    path = run / "canny-{}x{}.safetensors".format(*USUAL)
+    encode(path, recipe.canny_pictures, some, autoencoder, text)
 
 
 def train_canny(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEncoders, dev: Path) -> Adapter:

@@ -3,7 +3,9 @@
 Axes: number N, height H and width W in pixels.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -48,21 +50,44 @@ def save_grid(path: Path, pixels: Tensor, columns: int) -> None:
     Image.fromarray(((grid + 1) * 127.5).round().byte().numpy()).save(path)
 
 
+Examples = tuple[dict[str, Tensor], dict[str, Tensor], list[str]]  # pixels in -1..1, other columns, and the prompts
+
+
+def encode(
+    path: Path, number: int, some: Callable[[int], Examples], autoencoder: AutoEncoder, text: TextEncoders
+) -> None:
+    """Write what a training learns from, a row an example, unless it is there.
+
+    ``some`` draws that many examples. Of pixels the latents are kept.
+    """
+    if path.exists():
+        return
+    columns: dict[str, list[Tensor]] = defaultdict(list)
+    told: list[str] = []
+    for first in trange(0, number, 16, desc=path.stem, unit="batch", mininterval=10):
+        pictures, others, prompts = some(min(16, number - first))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for name, pixels in pictures.items():  # four at a time: their feature maps fit the processor's cache
+                columns[name] += [autoencoder.encode(few).half() for few in pixels.split(4)]
+        for name, column in others.items():
+            columns[name].append(column)
+        told += prompts
+    t5_ids, clip_ids = (ids.short() for ids in text.tokenize(told))
+    tensors = {name: torch.cat(column) for name, column in columns.items()}
+    write_tensors(tensors | {"t5_ids": t5_ids, "clip_ids": clip_ids}, path)
+
+
 def encode_pictures(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEncoders) -> None:
-    """Draw the training pictures of each size; keep their latents, their captions, and what each token shows."""
+    """The training pictures of each size: their latents, their captions, and what each token shows."""
+
+    def some(drawn: Iterator[Picture], number: int) -> Examples:
+        batch = list(islice(drawn, number))
+        truth = torch.stack([of_tokens(picture).byte() for picture in batch])
+        return {"latents": to_float(pixels_of(batch))}, {"truth": truth}, [picture.caption for picture in batch]
+
     for path, height, width, number in missing(run, "latents", recipe.pictures):
         drawn = draw(number, height, width, (recipe.seed + 3, height, width))
-        latents, captions, truth = [], [], []
-        for _ in trange(0, number, 32, desc=path.stem, unit="batch", mininterval=10):
-            batch = list(islice(drawn, 32))
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                # four at a time: their feature maps fit the processor's cache
-                latents += [autoencoder.encode(few).half() for few in to_float(pixels_of(batch)).split(4)]
-            captions += [picture.caption for picture in batch]
-            truth += [of_tokens(picture).byte() for picture in batch]
-        t5_ids, clip_ids = (ids.short() for ids in text.tokenize(captions))
-        tensors = {"latents": torch.cat(latents), "truth": torch.stack(truth), "t5_ids": t5_ids, "clip_ids": clip_ids}
-        write_tensors(tensors, path)
+        encode(path, number, partial(some, drawn), autoencoder, text)
 
 
 def missing(run: Path, kind: str, usual: int) -> Iterator[tuple[Path, int, int, int]]:

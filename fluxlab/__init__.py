@@ -12,6 +12,7 @@ from fluxlab.inspect.explain import explain
 from fluxlab.inspect.explore import explore
 from fluxlab.inspect.graph import graph
 from fluxlab.inspect.names import tensor_names
+from fluxlab.inspect.sheet import cheat_sheet
 from fluxlab.inspect.tables import flops, memory, parameter_table, summary
 from fluxlab.inspect.tape import Tape
 from fluxlab.inspect.working_memory import working_memory
@@ -36,4 +37,5 @@ __all__ += ["FluxInputs", "Pipeline", "Step", "denoise", "example_inputs", "expo
 __all__ += ["image_ids", "noise", "pack", "text_ids", "unpack"]
 __all__ += ["speed"]
 __all__ += ["Tape", "capture", "check", "compare", "explain", "explore", "patch", "plots", "tensor_names"]
-__all__ += ["block_diagram", "flops", "graph", "memory", "model_map", "parameter_table", "summary", "working_memory"]
+__all__ += ["block_diagram", "cheat_sheet", "flops", "graph", "memory", "model_map", "parameter_table", "summary"]
+__all__ += ["working_memory"]

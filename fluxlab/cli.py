@@ -133,6 +133,7 @@ def export(
         return typer.echo(f"{target}: {target.stat().st_size / 1e3:,.0f} kB")
     output.mkdir(parents=True, exist_ok=True)
     made: dict[str, Any] = {f"{name}-map.svg": fl.model_map(name) for name in ("flux-dev", "flux-schnell", _TINY)}
+    made["flux-dev-cheat-sheet.svg"] = fl.cheat_sheet("flux-dev")
     for name, block in product(("flux-dev", _TINY), ("double", "single")):
         made[f"{name}-{block}-block.svg"] = fl.block_diagram(block, name)  # type: ignore[arg-type]
     made[f"{_TINY}-graph.svg"] = fl.graph(fl.build(_TINY), fl.example_inputs(_TINY))

@@ -6,6 +6,7 @@
 import inspect
 import json
 import re
+import shutil
 from pathlib import Path
 
 import fluxlab as fl
@@ -54,6 +55,7 @@ def write_pages(app) -> None:
                 text = text.replace("](../README.md)", "](index.md)")
                 cell["source"] = re.sub(r"\[([^\]]*)\]\(\.\./([^)]*)\)", _file, text)
         read.write_text(json.dumps(book))
+    shutil.copytree(HERE / "sketches", source / "sketches", dirs_exist_ok=True)
     titles = {path.stem[:2]: path.stem for path in chapters()}
     svg = re.sub(
         r"(<text[^>]*)>(\d\d)(</text>)",
@@ -65,6 +67,9 @@ def write_pages(app) -> None:
     svg = svg.replace('width="795"', 'style="max-width: 100%; height: auto"').replace('role="img"', 'role="group"')
     (source / "index.md").write_text((HERE / "index.md").read_text().replace("MAP", svg))
     (source / "elsewhere.md").write_text((HERE / "elsewhere.md").read_text())
+    sheet = fl.cheat_sheet().svg.replace('width="1400" style="max-width: 100%; height: auto"', 'width="1960"')
+    scrolls = f'<div style="overflow-x: auto" tabindex="0" role="region" aria-label="The sheet">{sheet}</div>'
+    (source / "sheet.md").write_text(f"# The architecture on one page\n\n{scrolls}\n")
     (source / "glossary.md").write_text("\n".join(_glossary(titles)))
     (source / "reference.md").write_text("\n".join(_reference()))
 

@@ -254,3 +254,21 @@ def test_a_graph_needs_numbers_and_gradients():
         fl.graph(fl.build("flux-tiny-dev", device="meta"), fl.example_inputs("flux-tiny-dev", device="meta"))
     with pytest.raises(ValueError, match="needs no gradient"):
         fl.graph(fl.build("flux-tiny-dev").requires_grad_(False), fl.example_inputs("flux-tiny-dev"))
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "flux-tiny-dev"])
+def test_the_sheet_has_all_of_it_on_one_page(name):
+    sheet = fl.cheat_sheet(name)
+    shown, whole = texts(sheet), fl.build(name, device="meta")
+    for drawing in (fl.model_map(name), fl.block_diagram("double", name), fl.block_diagram("single", name)):
+        assert set(texts(drawing)) <= set(shown)
+    assert f"all: {sum(p.numel() for p in whole.parameters()):,}  (100.00%)" in shown
+    assert any("guidance_in(" in line for line in shown) == whole.config.guidance_embed
+    assert any("bent" in line for line in shown) == fl.VARIANTS[name].time_shift
+    page = ElementTree.fromstring(sheet.svg)
+    width, height = map(float, page.get("viewBox").split()[2:])
+    for text in page.findall(f"{SVG}text"):
+        text.set("text-anchor", "start")
+        (_, _, right, below), x, y = extent(text)
+        assert x + right < width - 20, text.text
+        assert y + below < height - 20, text.text

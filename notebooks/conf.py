@@ -66,7 +66,8 @@ def write_pages(app) -> None:
     )
     svg = svg.replace('width="795"', 'style="max-width: 100%; height: auto"').replace('role="img"', 'role="group"')
     (source / "index.md").write_text((HERE / "index.md").read_text().replace("MAP", svg))
-    (source / "elsewhere.md").write_text((HERE / "elsewhere.md").read_text())
+    for page in ("elsewhere.md", "using.md"):
+        (source / page).write_text(re.sub(r"\[([^\]]*)\]\(\.\./([^)]*)\)", _file, (HERE / page).read_text()))
     sheet = fl.cheat_sheet().svg.replace('width="1400" style="max-width: 100%; height: auto"', 'width="1960"')
     scrolls = f'<div style="overflow-x: auto" tabindex="0" role="region" aria-label="The sheet">{sheet}</div>'
     (source / "sheet.md").write_text(f"# The architecture on one page\n\n{scrolls}\n")

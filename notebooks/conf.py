@@ -12,7 +12,7 @@ from pathlib import Path
 import fluxlab as fl
 from fluxlab.glossary import entries
 
-REPOSITORY = ""  # such as https://github.com/you/fluxlab/blob/main: where links to files lead; else they are plain text
+REPOSITORY = ""  # put it in here, such as https://github.com/you/fluxlab: links to files, Binder and Colab lead there
 HERE = Path(__file__).parent
 
 project, author, release = "fluxlab", "The fluxlab contributors", fl.__version__
@@ -55,6 +55,12 @@ def write_pages(app) -> None:
                 text = text.replace("](../README.md)", "](index.md)")
                 cell["source"] = re.sub(r"\[([^\]]*)\]\(\.\./([^)]*)\)", _file, text)
         read.write_text(json.dumps(book))
+    address = REPOSITORY or "https://github.com/OWNER/fluxlab"
+    repo = address.removeprefix("https://github.com/")
+    colab = f"https://colab.research.google.com/github/{repo}/blob/main/notebooks"
+    links = " · ".join(f"[{path.stem[:2]}]({colab}/{path.name})" for path in chapters())
+    run = (HERE / "run.md").read_text().replace("CLONE", address).replace("REPO", repo).replace("COLAB", links)
+    (source / "run.md").write_text(run)
     shutil.copytree(HERE / "sketches", source / "sketches", dirs_exist_ok=True)
     titles = {path.stem[:2]: path.stem for path in chapters()}
     svg = re.sub(
@@ -76,7 +82,7 @@ def write_pages(app) -> None:
 
 
 def _file(match: re.Match[str]) -> str:
-    return f"[{match[1]}]({REPOSITORY}/{match[2]})" if REPOSITORY else match[1]
+    return f"[{match[1]}]({REPOSITORY}/blob/main/{match[2]})" if REPOSITORY else match[1]
 
 
 def _glossary(titles: dict[str, str]):

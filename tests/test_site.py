@@ -19,7 +19,7 @@ ROOT = data_folder().parent
 DRAWN = "Array.from(document.querySelectorAll('.math')).every(each => each.querySelector('mjx-container'))"
 SERIOUS = """axe.run().then(found => found.violations.filter(each => ['serious', 'critical'].includes(each.impact))
     .map(each => each.id + ': ' + each.nodes[0].html))"""
-PAGES = ["index", *(path.stem for path in NOTEBOOKS), "using", "sheet", "glossary", "reference", "elsewhere"]
+PAGES = ["index", *(path.stem for path in NOTEBOOKS), "run", "using", "sheet", "glossary", "reference", "elsewhere"]
 
 
 @pytest.fixture(scope="module")

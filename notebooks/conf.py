@@ -70,7 +70,7 @@ def write_pages(app) -> None:
         ),
         fl.model_map().svg,
     )
-    svg = svg.replace('width="795"', 'style="max-width: 100%; height: auto"').replace('role="img"', 'role="group"')
+    svg = svg.replace('role="img"', 'role="group"')
     (source / "index.md").write_text((HERE / "index.md").read_text().replace("MAP", svg))
     for page in ("elsewhere.md", "using.md"):
         (source / page).write_text(re.sub(r"\[([^\]]*)\]\(\.\./([^)]*)\)", _file, (HERE / page).read_text()))

@@ -16,11 +16,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from fluxlab.config import EMBEDDING_DIM, variant
+from fluxlab.config import variant
 from fluxlab.extras import importing
 from fluxlab.inspect.table import Table
 from fluxlab.inspect.tape import Tape
-from fluxlab.model.embeddings import timestep_embedding
 from fluxlab.model.rope import rope
 from fluxlab.pipeline.latents import grid
 from fluxlab.pipeline.schedule import schedule as make_schedule
@@ -95,16 +94,6 @@ def schedule(steps: Sequence[int] = (4, 20, 50), image_tokens: Sequence[int] = (
     return made
 
 
-def time_embedding(points: int = 200) -> Figure:
-    """The sinusoids that a time or a guidance becomes: in each half fast at the left and slow at the right."""
-    made, (axes,) = figure(size=(8, 3.6))
-    values = timestep_embedding(torch.linspace(0, 1, points))
-    title = f"timestep_embedding(t, {EMBEDDING_DIM}): cosines, then sines"
-    shown = _heat(axes, values, title, "feature", "t", signed=True, extent=(0, EMBEDDING_DIM, 1, 0))
-    made.colorbar(shown, ax=axes, label="value")
-    return made
-
-
 def rotation(name: str = "flux-dev", positions: int = 64) -> Figure:
     """The angle by which RoPE turns each pair of features at each position, one picture for each axis."""
     config = variant(name).transformer
@@ -145,53 +134,6 @@ def latents(latent: Float[Tensor, "channels h w"]) -> Figure:
         if i < count:
             shown = _heat(axes, latent[i], f"channel {i}", "", "", True, vmin=-most, vmax=most, aspect="equal")
     made.colorbar(shown, ax=panels, label="value", shrink=0.8)
-    return made
-
-
-def histograms(tensors: Tape | dict[str, Tensor], bins: int = 80) -> Figure:
-    """The values of a few tensors, each as a curve of shares; how many are not finite is said in the label."""
-    if not tensors:
-        raise ValueError("tensors is empty; give a tape or a dict with a tensor in it")
-    made, (axes,) = figure()
-    for name, tensor in tensors.items():
-        values = tensor.detach().cpu().double().flatten().numpy()
-        finite = values[np.isfinite(values)]
-        heights, edges = np.histogram(finite, bins=bins)
-        label = name if finite.size == values.size else f"{name} ({values.size - finite.size} not finite)"
-        axes.plot((edges[1:] + edges[:-1]) / 2, heights / max(finite.size, 1), label=label)
-    axes.set(xlabel="value", ylabel="share of the values", yscale="log")
-    axes.legend()
-    return made
-
-
-def residual_norms(tape: Tape) -> Figure:
-    """The length of the residual streams through depth, the mean over the tokens of each stream.
-
-    Capture ``["double_blocks.*.output", "single_blocks.*.output"]``, and the inputs of the first block if wanted.
-
-    Raises:
-        ValueError: the tape holds no block's output.
-    """
-    lines: dict[str, list[tuple[str, float]]] = {}
-    for name, tensor in tape.items():
-        match = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(?:(img|txt)\.)?output", name)
-        if match and (match[3] or tape.text_tokens):
-            streams = {match[3]: tensor}
-            if not match[3]:
-                streams = {"txt": tensor[:, : tape.text_tokens], "img": tensor[:, tape.text_tokens :]}
-            for stream, tokens in streams.items():
-                length = tokens.float().norm(dim=-1).mean().item()
-                lines.setdefault(stream, []).append((f"{match[1][0]}{match[2]}", length))
-    if not lines:
-        raise ValueError("tape holds no residual stream; capture 'double_blocks.*.output' and 'single_blocks.*.output'")
-    made, (axes,) = figure(size=(8, 3.6))
-    for stream, points in lines.items():
-        label = {"img": "image tokens", "txt": "text tokens"}[stream]
-        axes.plot(*zip(*points, strict=True), marker="o", label=label)
-    axes.set(xlabel="after block (d double, s single)", ylabel="mean length of a token", title="Residual streams")
-    axes.set_ylim(bottom=0)
-    axes.tick_params(axis="x", labelsize=8, rotation=90 if len(points) > 24 else 0)
-    axes.legend()
     return made
 
 

@@ -27,12 +27,9 @@ def tape():
 def pictures(tape):
     words = tape["single_blocks.3.attention"][0].mean(0)[32:, :3]
     yield fl.plots.schedule()
-    yield fl.plots.time_embedding()
     yield fl.plots.rotation()
     yield fl.plots.modulation(tape)
     yield fl.plots.latents(torch.randn(16, 16, 12))
-    yield fl.plots.histograms({"q": tape["double_blocks.0.q"]})
-    yield fl.plots.residual_norms(tape)
     yield fl.plots.word_attention(words, ["a", "red", "ring"], 128, 128, Image.new("RGB", (128, 128), "gray"))
     yield fl.plots.head_grid(tape, lambda w: w[0, :, 32:, :32].sum(-1).mean(-1), "Image to text", "share")
     yield fl.plots.bars(fl.parameter_table("flux-dev"), "parameters")
@@ -57,19 +54,6 @@ def test_signed_values_are_centred_on_zero():
     figure = fl.plots.tensor_map(torch.tensor([[-1.0, 3.0], [0.5, 0.0]]))
     low, high = figure.axes[0].images[0].get_clim()
     assert low == -high < 0
-
-
-def test_what_is_not_finite_is_left_out_of_a_histogram_and_said():
-    values = torch.tensor([0.0, 1.0, float("inf"), float("nan"), -float("inf")])
-    tensors = {"bad": values, "fine": torch.arange(4), "bool": torch.tensor([True, False]), "all": values[2:]}
-    lines = {
-        line.get_label(): line for line in fl.plots.histograms(tensors | {"wide": 3e38 * values[:2]}).axes[0].lines
-    }
-    assert list(lines) == ["bad (3 not finite)", "fine", "bool", "all (3 not finite)", "wide"]
-    assert lines["bad (3 not finite)"].get_ydata().sum() == pytest.approx(1)
-    assert lines["bad (3 not finite)"].get_xdata().max() < 1
-    with pytest.raises(ValueError, match="tensors is empty"):
-        fl.plots.histograms(fl.Tape())
 
 
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
@@ -100,17 +84,9 @@ def test_the_schedule_drawn_is_the_schedule():
     assert list(line.get_ydata()) == fl.schedule(4, 1024)
 
 
-def test_residual_norms_are_those_of_the_streams(tape):
-    lines = {line.get_label(): line.get_ydata() for line in fl.plots.residual_norms(tape).axes[0].lines}
-    expected = tape["single_blocks.3.output"][:, tape.text_tokens :].norm(dim=-1).mean().item()
-    assert lines["image tokens"][-1] == pytest.approx(expected)
-    assert len(lines["text tokens"]) == 6
-
-
-@pytest.mark.parametrize("draw", [fl.plots.modulation, fl.plots.residual_norms])
-def test_a_tape_without_what_is_needed_is_refused(draw):
+def test_a_tape_without_what_is_needed_is_refused():
     with pytest.raises(ValueError, match=r"tape holds no .*; capture"):
-        draw(fl.Tape())
+        fl.plots.modulation(fl.Tape())
 
 
 def test_the_menus_choose_what_is_shown(tape):

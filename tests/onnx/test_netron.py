@@ -1,10 +1,12 @@
 """Every graph in exported/ opens in Netron: served here, shown by a real browser, a function opened."""
 
 import os
+import time
 from pathlib import Path
 
 import netron
 import pytest
+from PIL import ImageChops
 
 from fluxlab.onnx.export import GRAPHS
 from fluxlab.weights.find import data_folder
@@ -85,12 +87,23 @@ def opens(browser, name):
     wait_for(lambda: browser.value("document.querySelectorAll('.node').length") > 1 and drawn(browser))
 
 
-def keep(browser, name):
-    """`make screenshots`: the page as a picture. The brackets around shapes are in few fonts."""
+def keep(browser, name, most=1100):
+    """`make screenshots`: a graph as a picture, its top if it is tall. Brackets around shapes are in few fonts."""
     if folder := os.environ.get("FLUXLAB_SCREENSHOTS"):
         browser.value("document.getElementById('toolbar').style.display = 'none'")
         browser.value(
             "document.querySelectorAll('text, tspan').forEach(text => text.childNodes.forEach(node => {"
             "if (node.nodeType === 3) node.data = node.data.replace('\\u3008', ' ').replace('\\u3009', '') }))"
         )
-        browser.screenshot().crop((20, 80, 1380, 960)).save(Path(folder) / f"{name}-netron.png", optimize=True)
+        width, height = (
+            browser.value(f"document.getElementById('canvas').getBBox().{side}") for side in ("width", "height")
+        )
+        size = {"width": max(1400, int(width) + 200), "height": int(min(most, height)) + 200}
+        browser.command("Emulation.setDeviceMetricsOverride", **size, deviceScaleFactor=1, mobile=False)
+        time.sleep(1)
+        shown = browser.screenshot().convert("RGB")
+        shown = shown.crop((40, 40, shown.width - 20, shown.height - 60))  # without menus and the bar at the side
+        left, top, right, bottom = ImageChops.invert(shown).convert("L").point(lambda v: 255 * (v > 40)).getbbox()
+        around = (max(0, left - 20), max(0, top - 20), min(shown.width, right + 20), min(shown.height, bottom + 20))
+        shown.crop(around).save(Path(folder) / f"{name}-netron.png", optimize=True)
+        browser.command("Emulation.clearDeviceMetricsOverride")

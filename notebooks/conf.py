@@ -36,6 +36,7 @@ html_theme_options = {
     "use_fullscreen_button": False,
     "navbar_persistent": [],
 }
+html_static_path, html_css_files = ["_static"], ["site.css"]
 html_show_sourcelink = html_copy_source = False
 
 

@@ -13,7 +13,7 @@ def compile(pipe: Pipeline, whole: bool = False, **options: Any) -> Handle:
 
     Block by block is the better bargain: all blocks of a kind share one program, so that compiling takes as long for
     two as for all 57. It happens in the first forward. Another prompt, seed or step needs no other program; another
-    size one more, after which sizes are variable. While ``capture`` or ``patch`` looks, the model runs eagerly.
+    size some more, once, after which sizes are variable. While ``capture`` or ``patch`` looks, the model runs eagerly.
 
     Args:
         pipe: whose transformer.

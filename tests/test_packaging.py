@@ -130,7 +130,7 @@ def test_the_model_needs_torch_einops_and_jaxtyping_alone():
 def test_every_file_in_exported_is_told_of():
     folder = ROOT / "exported"
     told = (folder / "README.md").read_text().replace("\\*", "*")
-    patterns = re.findall(r"[\w*.-]+\.(?:onnx|svg|png|json|md)", told)
+    patterns = re.findall(r"[\w*.-]+\.(?:onnx|svg|png|json|html|md)", told)
     bare = [
         f.name for f in folder.iterdir() if f.is_file() and not any(fnmatch(f.name, pattern) for pattern in patterns)
     ]

@@ -19,7 +19,7 @@ from fluxlab.files import write_tensors
 from fluxlab.pipeline.control import edges
 from fluxlab.tiny.edits import ASKED, KINDS, judge_edit, of_edits, random_edit
 from fluxlab.tiny.family import Edits, Holes, encode_edits, encode_holes, learn_instructions, measure_fill, widened
-from fluxlab.tiny.follow import Adapter
+from fluxlab.tiny.follow import Adapter, measure_canny
 from fluxlab.tiny.holes import half_around, hole_on, judge_hole, masks_of, random_hole, scenes_with_holes
 from fluxlab.tiny.recipe import SMOKE
 from fluxlab.tiny.train import TEACHER, go_on_from, train_member
@@ -255,3 +255,11 @@ def test_flux_tiny_fill_paints_what_is_asked_and_keeps_the_rest():
         assert found[shape, "as painted"]["hole"] >= 0.85
         assert found[shape, "as painted"]["error"] < 15
         assert found[shape, "pasted back"]["kept"] == 1
+
+
+def test_the_lora_in_data_follows_edges_with_the_prompts_colours():
+    """The card has the shares of 128."""
+    pipe = fl.load("flux-tiny-dev", lora={data_folder() / "flux-tiny/flux-tiny-canny-dev-lora.safetensors": 1.0})
+    (found,) = measure_canny(pipe, 16)
+    assert found["overlap"] >= 0.85
+    assert found["colour"] >= 0.9

@@ -4,13 +4,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from einops import reduce
 from torch import Tensor
 
 from fluxlab.pipeline.inputs import FluxInputs
 from fluxlab.pipeline.latents import pack
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.tiny.pictures import pixels_of, to_float
+from fluxlab.tiny.truth import covers
 from fluxlab.tiny.world import BACKGROUNDS, COLOURS, Scene, draw_scene, random_scene
 
 
@@ -45,11 +45,10 @@ class Drawn:
         self.words: list[Word] = []
         for i, (scene, picture) in enumerate(zip(self.scenes, self.pictures, strict=True)):
             said = [p.strip("▁") for p in pipe.text.t5_tokenizer.convert_ids_to_tokens(self.ids[i].tolist())]
-            share = reduce(picture.masks, "n (r h) (c w) -> n (r c)", "mean", h=16, w=16)
-            covers = torch.from_numpy((share > 0.2) & (share == share.max(axis=0)))
+            there = torch.from_numpy(covers(picture))
             named = [(kind, n, getattr(t, kind)) for n, t in enumerate(scene.things) for kind in ("colour", "shape")]
             once = [(k, n, word) for k, n, word in named if said.count(word) == 1]
-            self.words += [Word(word, k, i, said.index(word), covers[n], covers[1 - n]) for k, n, word in once]
+            self.words += [Word(word, k, i, said.index(word), there[n], there[1 - n]) for k, n, word in once]
 
     def at(self, t: float) -> FluxInputs:
         """The inputs of a forward at time t: each picture mixed with noise, with its caption."""

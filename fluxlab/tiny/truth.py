@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from einops import reduce
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,12 +35,19 @@ def of_slots(scenes: list[Scene]) -> Int[Tensor, "batch slots 4"]:
 
 def of_tokens(picture: Picture) -> Int[Tensor, "image_tokens 4"]:
     """The right option for each image token, a square of 16 pixels, and question: what covers a fifth of it or more."""
-    covered = reduce(picture.masks, "n (r h) (c w) -> n (r c)", "mean", h=16, w=16)
-    right = np.zeros((covered.shape[1], len(OPTIONS)), np.int64)
+    there = covers(picture)
+    right = np.zeros((there.shape[1], len(OPTIONS)), np.int64)
     right[:, 3] = OPTIONS[3].index(picture.scene.background)
-    for thing, share in zip(picture.scene.things, covered, strict=True):
-        right[(share > _COVERED) & (share == covered.max(axis=0)), :3] = options_of(thing)
+    for thing, tokens in zip(picture.scene.things, there, strict=True):
+        right[tokens, :3] = options_of(thing)
     return torch.from_numpy(right)
+
+
+def covers(picture: Picture) -> NDArray[np.bool_]:
+    """For each thing, which image tokens show it: it covers a fifth of the square or more, and most of all things."""
+    covered = reduce(picture.masks, "n (r h) (c w) -> n (r c)", "mean", h=16, w=16)
+    shown: NDArray[np.bool_] = (covered > _COVERED) & (covered == covered.max(axis=0))
+    return shown
 
 
 def options_of(thing: Thing) -> list[int]:

@@ -78,7 +78,7 @@ def find_files(
         "clip": ("text_encoder",),
         "clip_tokenizer": ("tokenizer",),
     }
-    if source is None and not given and not variant.embedded and (own := os.environ.get("FLUXLAB_WEIGHTS")):
+    if source is None and not variant.embedded and (own := os.environ.get("FLUXLAB_WEIGHTS")):
         named = Path(own).expanduser() / str(variant.repo).rpartition("/")[2]
         source = named if named.is_dir() else named.parent
     path = None if source is None else Path(source).expanduser()

@@ -84,6 +84,10 @@ def test_the_files_of_a_model_are_found_where_the_variable_points(tmp_path, tiny
     monkeypatch.setenv("FLUXLAB_WEIGHTS", str(folder))
     assert same(fl.load("flux-dev", dtype=torch.float32), tiny)
     assert same(fl.load("flux-tiny-dev"), tiny)  # its own stay
+    changed = {name: tensor + 1 for name, tensor in tiny.model.state_dict().items()}
+    write_tensors(changed, tmp_path / "x.safetensors")  # one loose file: the rest comes from there
+    pipe = fl.load("flux-dev", transformer=tmp_path / "x.safetensors", dtype=torch.float32)
+    assert torch.equal(pipe.model.img_in.weight, tiny.model.img_in.weight + 1)
     monkeypatch.setenv("FLUXLAB_WEIGHTS", str(tmp_path / "away"))
     with pytest.raises(fl.WeightsError, match="away"):
         fl.load("flux-dev")

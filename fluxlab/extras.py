@@ -8,6 +8,17 @@ import torch
 
 
 @contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings that libraries log."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
 def importing() -> Iterator[None]:
     """Around the import of a library that may be missing, or may not fit the others: says which, in one line.
 
@@ -15,12 +26,8 @@ def importing() -> Iterator[None]:
         ImportError: it cannot be imported; the message says what to install.
     """
     try:
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)  # torchao and others log, while they are imported, of kernels they lack
-        try:
+        with quiet():  # torchao and others log, while they are imported, of kernels they lack
             yield
-        finally:
-            logging.disable(before)
     except (ImportError, RuntimeError) as error:
         cause: BaseException = error
         while cause.__cause__ is not None:

@@ -1,26 +1,24 @@
 """FLUX as ONNX files: to look at, without weights, or to run, with them. Opened in chapter 13."""
 
-import logging
 import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fluxlab.config import Variant, variant
-from fluxlab.extras import importing
+from fluxlab.extras import importing, quiet
 from fluxlab.files import describe_difference, replacing
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import build
-from fluxlab.pipeline.text import TextEncoders
 from fluxlab.weights.find import Files, find_files
-from fluxlab.weights.load import autoencoder_config, load_weights
+from fluxlab.weights.load import autoencoder_config, empty_encoder, load_weights
 
 Part = Literal["transformer", "double_block", "single_block", "encoder", "decoder", "t5", "clip"]
-PARTS: tuple[Part, ...] = ("transformer", "double_block", "single_block", "encoder", "decoder", "t5", "clip")
+PARTS: tuple[Part, ...] = get_args(Part)
 GRAPHS: dict[str, tuple[str, Part]] = {  # those in exported/, without weights, to open in Netron
     "flux-dev.onnx": ("flux-dev", "transformer"),
     "flux-schnell.onnx": ("flux-schnell", "transformer"),
@@ -93,9 +91,8 @@ def export_onnx(
         if weights is not True:
             raise ValueError(f"part {part!r} is traced from the encoder on disk; ask for weights=True")
         if opset < 18:
-            raise ValueError(
-                f"opset is {opset}; part {part!r} is traced by PyTorch's exporter, which writes 18 and later"
-            )
+            said = "is traced by PyTorch's exporter, which writes 18 and later"
+            raise ValueError(f"opset is {opset}; part {part!r} {said}")
     if quantize is not None:
         if quantize != "int8" or not weights or dtype != "float32":
             said = f"quantize is {quantize!r}, weights {'given' if weights else weights} and dtype {dtype!r}"
@@ -109,11 +106,12 @@ def export_onnx(
     if files and part in ("t5", "clip"):
         return _write_text_encoder(chosen, part, files, _TORCH[dtype], opset, target)
     model = _structure(chosen, part, files, dtype, opset)
-    tensors = None if isinstance(weights, bool) else weights
-    if weights is True and files:
+    tensors: Mapping[str, Tensor] | None = None
+    if not isinstance(weights, bool):
+        _check(weights, model)
+        tensors = weights
+    elif weights and files:
         tensors = _read(chosen, part, files)
-    elif tensors is not None:
-        _check(tensors, model)
     if flat:
         with importing():
             from onnx import inliner
@@ -127,12 +125,9 @@ def export_onnx(
     with replacing(target) as temporary:
         whole, ready = temporary.with_name("whole.onnx"), temporary.with_name("ready.onnx")
         _write(model, tensors, _TORCH[dtype], whole)
-        logging.disable(logging.WARNING)  # it recommends what is being done
-        try:
+        with quiet():  # it recommends what is being done
             shape_inference.quant_pre_process(whole, ready, skip_symbolic_shape=True)
             quantize_dynamic(ready, temporary)
-        finally:
-            logging.disable(logging.NOTSET)
     return None
 
 
@@ -228,29 +223,24 @@ def _write_text_encoder(
     """Traced by PyTorch's own exporter: the classes are transformers', and so are the names inside."""
     with importing():
         import onnxscript  # noqa: F401 (the exporter's own)
-    text = TextEncoders.load(
-        files.t5, files.clip, chosen.t5_length, chosen.clip_length, files.t5_tokenizer, files.clip_tokenizer
-    )
-    encoder = _OneOutput(text, part).to(dtype).eval()
-    ids = torch.ones(2, text.t5_length if part == "t5" else text.clip_length, dtype=torch.int64)
+    source, length, output, called = {
+        "t5": (files.t5, chosen.t5_length, "last_hidden_state", "txt"),
+        "clip": (files.clip, chosen.clip_length, "pooler_output", "y"),
+    }[part]
+    encoder = load_weights(empty_encoder(part, source, chosen), source, dtype=dtype)
+    ids = torch.ones(2, length, dtype=torch.int64)
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("text_tokens", max=ids.shape[1])}
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it tells of what it has not installed and of steps within
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            program = torch.onnx.export(
-                encoder,
-                (ids,),
-                input_names=["ids"],
-                output_names=["txt" if part == "t5" else "y"],
-                dynamic_shapes={"ids": free},
-                opset_version=opset,
-                dynamo=True,
-                verbose=False,
-            )
-    finally:
-        logger.setLevel(level)
+    with quiet(), warnings.catch_warnings(action="ignore"):  # of what it has not installed, and of steps within
+        program = torch.onnx.export(
+            _OneOutput(encoder, output),
+            (ids,),
+            input_names=["ids"],
+            output_names=[called],
+            dynamic_shapes={"ids": free},
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
     assert program is not None
     with replacing(target) as temporary:
         program.save(str(temporary), external_data=False)
@@ -262,10 +252,9 @@ def _write_text_encoder(
 class _OneOutput(nn.Module):
     """A text encoder from ids to the one tensor that FLUX takes of it."""
 
-    def __init__(self, text: TextEncoders, part: Part) -> None:
+    def __init__(self, encoder: nn.Module, output: str) -> None:
         super().__init__()
-        self.encoder: Any = text.t5 if part == "t5" else text.clip
-        self.output = "last_hidden_state" if part == "t5" else "pooler_output"
+        self.encoder, self.output = encoder, output
 
     def forward(self, ids: Tensor) -> Tensor:
         return getattr(self.encoder(input_ids=ids), self.output)

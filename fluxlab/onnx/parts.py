@@ -15,48 +15,9 @@ AXES = {"B": "B", "T": "T", "I": "I", "L": "T+I"}  # of free size
 _WIDE = ("img_ids", "txt_ids", "timesteps", "guidance", "pe")  # float32 in a model of any dtype
 
 
-_PARTS = ("shift", "scale", "gate")
-_SAID = {  # of nodes that the glossary does not know
-    "Attention.q_rotated": "Each query turned by its token's place",
-    "Attention.k_rotated": "Each key turned by its token's place",
-    "Attention.heads": "Each query takes in the values of all tokens, by softmax(q k^T / sqrt(D)): B H L D",
-    "Attention.attended.Transpose": "The heads of a token side by side: B L H D",
-    "Attention.attended": "B L C",
-    "Attention.heads.Softmax": "Attention weights: each row, a query's, sums to 1",
-    "SplitHeads.apart.Reshape": "Packed as (K H D): three times H heads of D features",
-    "SplitHeads.apart": "3 B H L D",
-    "SplitHeads.q": "The first third: queries",
-    "SplitHeads.k": "The second third: keys",
-    "SplitHeads.v": "The last third: values",
-    "DoubleModulation.lin.SiLU": "The vector that steers, activated",
-    "DoubleModulation.lin": "Six vectors of C features, side by side",
-    "DoubleModulation.shift1.Unsqueeze": "The same for every token: B 1 6C",
-    "DoubleModulation.shift1": "Shift, scale and gate around attention, then around the MLP",
-    "DoubleStreamBlock.txt_attended": "Attention's output, text and image apart again",
-    "SingleStreamBlock.modulated": "Normed and steered tokens, which attention and MLP both read",
-    "SingleStreamBlock.qkv": "What linear1 made for attention, and for the MLP",
-    "SingleStreamBlock.side_by_side": "Attention's output and the MLP's features, for the one linear2",
-    "SingleStreamBlock.next.vec": "For the next block: so a picture of the whole is a straight column",
-    "SingleStreamBlock.next.pe": "For the next block",
-    "DoubleStreamBlock.next.vec": "For the next block: so a picture of the whole is a straight column",
-    "DoubleStreamBlock.next.pe": "For the next block",
-    "LastLayer.modulated": "Normed and steered tokens",
-    "LastLayer.velocity": "Noise minus picture, the direction of the path, for each number of the token's patch",
-    "LastLayer.shift.Unsqueeze": "The same for every token: B 1 2C",
-    "LastLayer.adaLN_modulation.1": "Shift and scale, side by side",
-    "LastLayer.adaLN_modulation.1.SiLU": "The vector that steers, activated",
-}
-for _stream, _word in (("txt", "text"), ("img", "image")):
-    for _number, _before in (("1", "attention"), ("2", "the MLP")):
-        _SAID[f"DoubleStreamBlock.{_stream}_modulated{_number}"] = (
-            f"The {_word} tokens, normed and steered, before {_before}"
-        )
-    _SAID[f"DoubleStreamBlock.{_stream}_attn.q"] = f"Queries, keys and values of the {_word}; queries and keys normed"
-
-
 def define_parts(writer: Writer, c: FluxConfig, whole: bool = True) -> None:
     """Every kind of part that a model of this config has, the smallest first; for the whole of it, or for one block."""
-    writer.define(SILU + _small(c, writer.opset, writer.dtype), said=_SAID)
+    writer.define(SILU + _small(c, writer.opset, writer.dtype))
     large = {"double_blocks.{i}.": double_block(whole), "single_blocks.{i}.": single_block(c, whole)}
     large |= {"final_layer.": last_layer(c)}
     for head, text in large.items():  # the small ones serve streams of several shapes; these can say theirs
@@ -84,7 +45,9 @@ def _small(c: FluxConfig, opset: int, dtype: int) -> str:
     both = Concat(first * cos_heads - second * sin_heads, first * sin_heads + second * cos_heads, axis=-1)
     turned = Reshape(both, [0, 0, 0, {c.head_dim}])"""
         scores = f"q_rotated @ Transpose(k_rotated, perm=[0, 1, 3, 2]) * {c.head_dim**-0.5}"
-        heads = f"Softmax({scores}, axis=-1) @ v"
+        heads = f"""(
+        Softmax({scores}, axis=-1)  # Attention weights: each row, a query's, sums to 1
+        @ v)"""
 
     half = EMBEDDING_DIM // 2
     of_times = [math.exp(-math.log(10_000) * i / half) for i in range(half)]
@@ -139,17 +102,22 @@ def RoPE(x, pe) -> y:
 
 def Attention(q, k, v, pe) -> attended:
     "Rotate q and k; softmax(q k^T / sqrt(D)) v"
-    q_rotated = RoPE(q, pe)
-    k_rotated = RoPE(k, pe)
+    q_rotated = RoPE(q, pe)  # Each query turned by its token's place
+    k_rotated = RoPE(k, pe)  # Each key turned by its token's place
+    # Each query takes in the values of all tokens, by softmax(q k^T / sqrt(D)): B H L D
     heads = {heads}
-    attended = Reshape(Transpose(heads, perm=[0, 2, 1, 3]), [0, 0, {c.hidden_size}])
+    attended = Reshape(  # B L C
+        Transpose(heads, perm=[0, 2, 1, 3]),  # The heads of a token side by side: B L H D
+        [0, 0, {c.hidden_size}])
 
 def SplitHeads(qkv) -> (q, k, v):
     "B L 3C to q, k and v, each B H L D; packed as (K H D)"
-    apart = Transpose(Reshape(qkv, [0, 0, 3, {c.num_heads}, {c.head_dim}]), perm=[2, 0, 3, 1, 4])
-    q = Gather(apart, 0)
-    k = Gather(apart, 1)
-    v = Gather(apart, 2)
+    apart = Transpose(  # 3 B H L D
+        Reshape(qkv, [0, 0, 3, {c.num_heads}, {c.head_dim}]),  # Packed as (K H D): three times H heads of D features
+        perm=[2, 0, 3, 1, 4])
+    q = Gather(apart, 0)  # The first third: queries
+    k = Gather(apart, 1)  # The second third: keys
+    v = Gather(apart, 2)  # The last third: values
 
 def QKNorm(q_raw, k_raw, norm.query_norm.scale, norm.key_norm.scale) -> (q, k):
     "RMSNorm of queries and keys, each with a scale of its own"
@@ -189,8 +157,11 @@ def SplitReference(tokens, img) -> (image, reference):
 
 def DoubleModulation(vec, lin.weight, lin.bias) -> (shift1, scale1, gate1, shift2, scale2, gate2):
     "Linear(SiLU(vec)), cut into shift, scale and gate, for attention and for the MLP"
-    lin = Linear(SiLU(vec), lin.weight, lin.bias)
-    shift1, scale1, gate1, shift2, scale2, gate2 = Split(Unsqueeze(lin, [1]), {[c.hidden_size] * 6}, axis=-1)
+    lin = Linear(  # Six vectors of C features, side by side
+        SiLU(vec), lin.weight, lin.bias)  # The vector that steers, activated
+    # Shift, scale and gate around attention, then around the MLP
+    shift1, scale1, gate1, shift2, scale2, gate2 = Split(
+        Unsqueeze(lin, [1]), {[c.hidden_size] * 6}, axis=-1)  # The same for every token: B 1 6C
 
 def SingleModulation(vec, lin.weight, lin.bias) -> (shift, scale, gate):
     "Linear(SiLU(vec)), cut into shift, scale and gate"
@@ -199,8 +170,8 @@ def SingleModulation(vec, lin.weight, lin.bias) -> (shift, scale, gate):
 """
 
 
-_HANDING = """next.vec = Identity(vec)
-    next.pe = Identity(pe)"""
+_HANDING = """next.vec = Identity(vec)  # For the next block: so a picture of the whole is a straight column
+    next.pe = Identity(pe)  # For the next block"""
 _HANDED = ", next.vec, next.pe"  # in a whole model, from block to block: wires to all of them would hide all else
 
 
@@ -211,13 +182,16 @@ def double_block(whole: bool) -> str:
     {s}_mod.shift1, {s}_mod.scale1, {s}_mod.gate1, {s}_mod.shift2, {s}_mod.scale2, {s}_mod.gate2 = DoubleModulation(
         vec, {s}_mod.lin.weight, {s}_mod.lin.bias)
     {s}_norm1 = LayerNorm({s})
+    # The {word} tokens, normed and steered, before attention
     {s}_modulated1 = Modulate({s}_norm1, {s}_mod.shift1, {s}_mod.scale1)
+    # Queries, keys and values of the {word}; queries and keys normed
     {s}_attn.q, {s}_attn.k, {s}_attn.v = Project({s}_modulated1, {s}_attn.qkv.weight, {s}_attn.qkv.bias,
         {s}_attn.norm.query_norm.scale, {s}_attn.norm.key_norm.scale)""",
         """
     {s}_attn.proj = Linear({s}_attended, {s}_attn.proj.weight, {s}_attn.proj.bias)
     {s}.middle = AddGated({s}, {s}_mod.gate1, {s}_attn.proj)
     {s}_norm2 = LayerNorm({s}.middle)
+    # The {word} tokens, normed and steered, before the MLP
     {s}_modulated2 = Modulate({s}_norm2, {s}_mod.shift2, {s}_mod.scale2)
     {s}_mlp.2 = MLP({s}_modulated2, {s}_mlp.0.weight, {s}_mlp.0.bias, {s}_mlp.2.weight, {s}_mlp.2.bias)
     {s}.output = AddGated({s}.middle, {s}_mod.gate2, {s}_mlp.2)""",
@@ -226,13 +200,13 @@ def double_block(whole: bool) -> str:
 def DoubleStreamBlock(img, txt, vec, pe, {_weights("double_blocks.{i}.")}) -> (
         img.output, txt.output{_HANDED if whole else ""}):
     "Text and image, each with weights of its own, meet in one attention"
-    {before.format(s="txt")} {before.format(s="img")}
+    {before.format(s="txt", word="text")} {before.format(s="img", word="image")}
     q = Concat(txt_attn.q, img_attn.q, axis=2)
     k = Concat(txt_attn.k, img_attn.k, axis=2)
     v = Concat(txt_attn.v, img_attn.v, axis=2)
     attended = Attention(q, k, v, pe)
-    txt_attended, img_attended = SplitStreams(attended, txt)
-    {after.format(s="txt")} {after.format(s="img")}
+    txt_attended, img_attended = SplitStreams(attended, txt)  # Attention's output, text and image apart again
+    {after.format(s="txt", word="text")} {after.format(s="img", word="image")}
     {_HANDING if whole else ""}
 """
 
@@ -245,13 +219,16 @@ def SingleStreamBlock(x, vec, pe, {_weights("single_blocks.{i}.")}) -> (output{_
     modulation.shift, modulation.scale, modulation.gate = SingleModulation(
         vec, modulation.lin.weight, modulation.lin.bias)
     pre_norm = LayerNorm(x)
+    # Normed and steered tokens, which attention and MLP both read
     modulated = Modulate(pre_norm, modulation.shift, modulation.scale)
     linear1 = Linear(modulated, linear1.weight, linear1.bias)
+    # What linear1 made for attention, and for the MLP
     qkv, mlp_hidden = Split(linear1, [{3 * c.hidden_size}, {c.mlp_hidden_dim}], axis=-1)
     q_raw, k_raw, v = SplitHeads(qkv)
     q, k = QKNorm(q_raw, k_raw, norm.query_norm.scale, norm.key_norm.scale)
     attended = Attention(q, k, v, pe)
     mlp_act = GELU(mlp_hidden)
+    # Attention's output and the MLP's features, for the one linear2
     side_by_side = Concat(attended, mlp_act, axis=-1)
     linear2 = Linear(side_by_side, linear2.weight, linear2.bias)
     output = AddGated(x, modulation.gate, linear2)
@@ -264,10 +241,13 @@ def last_layer(c: FluxConfig) -> str:
     return f"""
 def LastLayer(x, vec, {_weights("final_layer.")}) -> velocity:
     "Modulated a last time, features become the velocity of a token's patch; shift comes before scale"
-    adaLN_modulation.1 = Linear(SiLU(vec), adaLN_modulation.1.weight, adaLN_modulation.1.bias)
-    shift, scale = Split(Unsqueeze(adaLN_modulation.1, [1]), {[c.hidden_size] * 2}, axis=-1)
+    adaLN_modulation.1 = Linear(  # Shift and scale, side by side
+        SiLU(vec), adaLN_modulation.1.weight, adaLN_modulation.1.bias)  # The vector that steers, activated
+    shift, scale = Split(
+        Unsqueeze(adaLN_modulation.1, [1]), {[c.hidden_size] * 2}, axis=-1)  # The same for every token: B 1 2C
     norm_final = LayerNorm(x)
-    modulated = Modulate(norm_final, shift, scale)
+    modulated = Modulate(norm_final, shift, scale)  # Normed and steered tokens
+    # Noise minus picture, the direction of the path, for each number of the token's patch
     velocity = Linear(modulated, linear.weight, linear.bias)
 """
 

@@ -7,14 +7,14 @@ A function is written in Python's own syntax, with a sentence that says what it 
         y = x * (1.0 + scale) + shift
 
 What is called is a function that was written before, or else an operator of ONNX's standard, as ``+ - * / @`` are;
-keywords are attributes. Names may have dots, as those of weights do. A number among the inputs becomes a constant:
+keywords are attributes. Names may have dots, as those of weights do. A comment, behind a line or above it, becomes
+the description of the node that begins there. A number among the inputs becomes a constant:
 whole numbers are int64, a list of others float32, a tuple float64, and a single one has the model's dtype. Constants
 are written as tensors, the only form that every tool takes.
 """
 
 import ast
 import re
-from collections.abc import Mapping
 
 import numpy as np
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
@@ -53,19 +53,18 @@ class Writer:
         self.meanings = {entry.name: entry.meaning for entry in entries()}
         self.functions: dict[str, FunctionProto] = {}
 
-    def define(self, text: str, glossary: str | None = None, said: Mapping[str, str] | None = None) -> FunctionProto:
+    def define(self, text: str, glossary: str | None = None) -> FunctionProto:
         """Add functions, and give the last.
 
         Args:
             text: of one function or more, as above.
             glossary: what stands before the names of their tensors in the glossary, if they are in it.
-            said: what nodes are that the glossary does not know, by function and name: ``"Attention.heads"``.
         """
-        self.meanings |= said or {}
-        for each in _read(text):
+        functions, comments = _read(text)
+        for each in functions:
             assert isinstance(each, ast.FunctionDef)
             inputs = [_dotted(argument.arg) for argument in each.args.args]
-            nodes = self.nodes(each.body, glossary, each.name)
+            nodes = self._nodes(each.body, comments, glossary)
             made = helper.make_function(DOMAIN, each.name, inputs, _names(each.returns), nodes, self.imports)
             made.doc_string = _dotted(ast.get_docstring(each) or "")
             self.functions[made.name] = made
@@ -76,11 +75,14 @@ class Writer:
         weights = (f"{path}.{name}" for name in self.functions[function].input[len(inputs) :])
         return f"{out or path} = {function}({', '.join([*inputs, *weights])})"
 
-    def nodes(self, text: str | list[ast.stmt], glossary: str | None = "", owner: str = "") -> list[NodeProto]:
+    def nodes(self, text: str) -> list[NodeProto]:
         """The nodes of a text's lines, each named after what it makes and described as the glossary describes that."""
+        return self._nodes(*_read(text), "")
+
+    def _nodes(self, lines: list[ast.stmt], comments: dict[int, str], glossary: str | None) -> list[NodeProto]:
         made: dict[str, NodeProto] = {}
 
-        def value(expression: ast.expr, outs: list[str], inside: bool = True) -> str:
+        def value(expression: ast.expr, outs: list[str], said: str | None, inside: bool = True) -> str:
             """Add what makes a value, and give its name: that of the line, with the operator's if it is inside."""
             match expression:
                 case ast.Name():
@@ -96,19 +98,19 @@ class Writer:
                     out = f"constant_{number}".replace(" ", "") if inside else outs[0]
                     made[out] = helper.make_node("Constant", [], [out], out, value=self._tensor(out, number))
                     return out
-            inputs = [value(each, outs) for each in given]
+            inputs = [value(each, outs, comments.pop(each.lineno, None)) for each in given]
             if inside:
                 same = sum(name.startswith(f"{outs[0]}.{kind}") for name in made)
                 outs = [f"{outs[0]}.{kind}{same + 1 if same else ''}"]
             domain = DOMAIN if kind in self.functions else None
-            known = f"{owner}.{outs[0]}", f"{glossary}{outs[0]}" if glossary is not None else ""
-            meaning = next((self.meanings[name] for name in known if name in self.meanings), None)
-            made[outs[0]] = helper.make_node(kind, inputs, outs, outs[0], meaning, domain, **attributes)
+            if glossary is not None:
+                said = said or self.meanings.get(f"{glossary}{outs[0]}")
+            made[outs[0]] = helper.make_node(kind, inputs, outs, outs[0], said, domain, **attributes)
             return outs[0]
 
-        for line in _read(text) if isinstance(text, str) else text:
+        for line in lines:
             if isinstance(line, ast.Assign):
-                value(line.value, _names(line.targets[0]), inside=False)
+                value(line.value, _names(line.targets[0]), comments.pop(line.lineno, None), inside=False)
         return list(made.values())
 
     def _tensor(self, name: str, number: float | list[float] | tuple[float, ...]) -> TensorProto:
@@ -134,9 +136,15 @@ def without_numbers(name: str, shape: tuple[int, ...], dtype: int, meaning: str 
     return TensorProto(name=name, data_type=dtype, dims=shape, data_location=TensorProto.EXTERNAL, doc_string=meaning)
 
 
-def _read(text: str) -> list[ast.stmt]:
+def _read(text: str) -> tuple[list[ast.stmt], dict[int, str]]:
+    """A text's statements, and its comments by the number of the line that they are about."""
+    comments: dict[int, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        code, _, comment = line.partition("# ")
+        comments |= {number if code.strip() else number + 1: comment} if comment else {}
     names = re.compile(r"(?<![\w.])(?:\d+\.)?[A-Za-z_]\w*(?:\.\w+)*")
-    return ast.parse(names.sub(lambda name: f"{'_' * name[0][0].isdigit()}{name[0]}".replace(".", _DOT), text)).body
+    text = names.sub(lambda name: f"{'_' * name[0][0].isdigit()}{name[0]}".replace(".", _DOT), text)
+    return ast.parse(text).body, comments
 
 
 def _dotted(name: str) -> str:

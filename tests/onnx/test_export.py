@@ -3,6 +3,7 @@
 import functools
 import itertools
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -16,7 +17,9 @@ from fluxlab.glossary import named
 from fluxlab.model.blocks import DoubleStreamBlock, SingleStreamBlock
 from fluxlab.onnx.export import GRAPHS
 from fluxlab.pipeline.shown import Shown
+from fluxlab.weights.convert import convert
 from fluxlab.weights.find import data_folder
+from fluxlab.weights.load import empty_encoder
 from tests.helpers import randomise
 
 EXPORTED = data_folder().parent / "exported"
@@ -327,6 +330,15 @@ def test_the_text_encoders_compute_what_pytorch_does(exported, tiny):
     assert relative(run(exported("clip"), ids=clip_ids)[0], y) < 1e-4
     shorter, _ = tiny.text.encode(t5_ids[:, :12], clip_ids)
     assert relative(run(exported("t5"), ids=t5_ids[:, :12])[0], shorter) < 1e-4
+
+
+def test_a_text_encoder_is_read_alone_and_from_a_file_of_several_parts(tmp_path, tiny, monkeypatch):
+    convert(tiny.variant, tmp_path / "all.safetensors", "comfyui")
+    monkeypatch.setattr("fluxlab.onnx.export.empty_encoder", only := Mock(wraps=empty_encoder))
+    fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", "clip", weights=True, source=tmp_path / "all.safetensors")
+    assert [call.args[0] for call in only.call_args_list] == ["clip"]
+    t5_ids, clip_ids = tiny.text.tokenize(["a red circle"])
+    assert relative(run(tmp_path / "x.onnx", ids=clip_ids)[0], tiny.text.encode(t5_ids, clip_ids)[1]) < 1e-4
 
 
 def test_a_large_text_encoder_keeps_its_weights_beside_it(tmp_path, tiny, monkeypatch):

@@ -30,11 +30,14 @@ def test_formulas_calls_and_numbers_become_nodes():
     writer.define("""
 def Twice(x, a.weight) -> y:
     "2 x"
-    y = x * 2.0 + Reshape(a.weight, [0, -1])
+    y = (
+        x * 2.0  # a product
+        + Reshape(a.weight, [0, -1]))
 
 def Both(x, 0.weight) -> (img.0, rest):
     "Two of them"
     table = (0.1, 0.2)
+    # the left, the right
     img.0, rest = Split(Twice(x, 0.weight), [1, 1], axis=-1)
 """)
     twice, both = writer.functions.values()
@@ -46,6 +49,7 @@ def Both(x, 0.weight) -> (img.0, rest):
     assert (call.domain, call.op_type, list(call.input)) == ("fluxlab", "Twice", ["x", "0.weight"])
     assert (list(split.input), list(split.output)) == (["img.0.Twice", "constant_[1,1]"], ["img.0", "rest"])
     assert helper.get_node_attr_value(split, "axis") == -1
+    assert [node.doc_string for node in (*twice.node, split)] == ["", "a product", "", "", "", "the left, the right"]
     numbers = {node.name: helper.get_node_attr_value(node, "value") for node in (twice.node[0], table, sizes)}
     kinds = [tensor.data_type for tensor in numbers.values()]
     assert kinds == [TensorProto.BFLOAT16, TensorProto.DOUBLE, TensorProto.INT64]

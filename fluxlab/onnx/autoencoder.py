@@ -99,20 +99,20 @@ def autoencoder_graph(writer: Writer, c: AutoEncoderConfig, half: str, name: str
 
     def through(part: nn.Module, path: str, x: str) -> str:
         """Call what a part consists of, in the order of work, and give the name of what comes out."""
-        kind = {"Conv2d": "Conv3x3"}.get(type(part).__name__, type(part).__name__)
+        kind = type(part).__name__.replace("Conv2d", "Conv3x3")
         if kind == "ResnetBlock" and isinstance(part.nin_shortcut, nn.Conv2d):
             kind = "ResnetBlockWithShortcut"
         if kind not in writer.functions:
             children = list(part.named_children())
-            for name, child in reversed(children) if path == "decoder.up" else children:
-                x = through(child, f"{path}.{name}", x)
+            for own, child in reversed(children) if path == "decoder.up" else children:
+                x = through(child, f"{path}.{own}", x)
             return x
         out = "pixels" if path == "decoder.conv_out" else path
         lines.append(writer.call(kind, path, x, out=out))
-        if path != f"{half}.norm_out":
-            return out
-        lines.append(f"{half}.active = SiLU({out})")
-        return f"{half}.active"
+        if path == f"{half}.norm_out":
+            out = f"{half}.active"
+            lines.append(f"{out} = SiLU({path})")
+        return out
 
     pixels = helper.make_tensor_value_info("pixels", writer.dtype, ["B", c.in_channels, "8h", "8w"])
     latent = helper.make_tensor_value_info("latent", writer.dtype, ["B", c.z_channels, "h", "w"])
@@ -124,11 +124,10 @@ def autoencoder_graph(writer: Writer, c: AutoEncoderConfig, half: str, name: str
         lines += ["raw_latent = Unscale(latent)"]
         through(module, half, "raw_latent")
 
-    initializers = [
-        without_numbers(key, tuple(weight.shape), writer.dtype, entry.meaning if entry else "")
-        for key, weight in module.state_dict(prefix=f"{half}.").items()
-        for entry in [autoencoder_entry(key)]
-    ]
+    initializers = []
+    for key, weight in module.state_dict(prefix=f"{half}.").items():
+        entry = autoencoder_entry(key)
+        initializers.append(without_numbers(key, tuple(weight.shape), writer.dtype, entry.meaning if entry else ""))
     doc = f"The VAE's {half} of {name}: 8 times smaller or larger on a side, {c.z_channels} channels"
     graph = helper.make_graph(writer.nodes("\n".join(lines)), half, inputs, outputs, initializers, doc)
     return writer.model(graph, name)

@@ -68,12 +68,13 @@ def export_onnx(
         flat: put the functions' nodes in their callers' places, for tools that know no functions. Quantizers need it:
             onnxruntime's, given functions, quantizes nothing and does not say so.
         quantize: "int8": the weights of products in 8 bits and products of integers, by onnxruntime's
-            ``quantize_dynamic``; of a flat graph in opset 17 and float32, with its numbers, below 2 GB.
+            ``quantize_dynamic``; of a flat graph in opset 17 and float32, with its numbers, below 2 GB. Not of the text
+            encoders.
 
     Raises:
         ConfigError: no such variant.
-        ValueError: no such part, dtype or opset; text encoders without weights; a source and no weights; weights that
-            do not fit.
+        ValueError: no such part, dtype or opset; text encoders without weights, or quantized; a source and no weights;
+            weights that do not fit.
         WeightsError: weights that are asked for are not found.
         FileNotFoundError: there is no folder to write to.
         OSError: the file cannot be written.
@@ -93,6 +94,8 @@ def export_onnx(
         if opset < 18:
             said = "is traced by PyTorch's exporter, which writes 18 and later"
             raise ValueError(f"opset is {opset}; part {part!r} {said}")
+        if quantize is not None:
+            raise ValueError(f"quantize is {quantize!r}; the text encoders, such as {part!r}, are not quantized")
     if quantize is not None:
         if quantize != "int8" or not weights or dtype != "float32":
             said = f"quantize is {quantize!r}, weights {'given' if weights else weights} and dtype {dtype!r}"

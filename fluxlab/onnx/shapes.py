@@ -31,14 +31,11 @@ def annotate(model: ModelProto, hints: Mapping[str, Sequence[Sequence[int | str]
     for function in model.functions:
         functions[function.name] = copy = FunctionProto.FromString(function.SerializeToString())
         for node in copy.node:
-            if (
-                node.op_type == "GroupNormalization"
-            ):  # of which inference knows nothing: like this one, it keeps the shape
+            if node.op_type == "GroupNormalization":  # inference knows nothing of it; this one keeps the shape as well
                 node.op_type = "InstanceNormalization"
                 del node.attribute[:]
     found: dict[str, dict[str, list[TypeProto]]] = {name: defaultdict(list) for name in functions}
     done: set[tuple[str, bytes]] = set()
-
     dtype = model.graph.output[0].type.tensor_type.elem_type
 
     def look(nodes: Iterable[NodeProto], known: Types, outputs: Iterable[str], told: Types) -> Types:
@@ -51,11 +48,8 @@ def annotate(model: ModelProto, hints: Mapping[str, Sequence[Sequence[int | str]
         graph.value_info.extend(ValueInfoProto(name=name, type=kind) for name, kind in told.items())
         part = helper.make_model(graph, functions=functions.values(), opset_imports=model.opset_import, ir_version=10)
         inferred = shape_inference.infer_shapes(part, data_prop=True).graph
-        types = (
-            known
-            | {info.name: info.type for info in (*inferred.output, *inferred.value_info) if _whole(info.type)}
-            | told
-        )
+        whole = {info.name: info.type for info in (*inferred.output, *inferred.value_info) if _whole(info.type)}
+        types = known | whole | told
         for node in nodes:
             function = functions.get(node.op_type) if node.domain else None
             if function is None or not all(name in types for name in node.input):
@@ -64,12 +58,9 @@ def annotate(model: ModelProto, hints: Mapping[str, Sequence[Sequence[int | str]
             key = function.name, b"".join(kind.SerializeToString() for kind in inside.values())
             if key not in done:
                 done.add(key)
-                gives = {
-                    inner: types[outer]
-                    for inner, outer in zip(function.output, node.output, strict=True)
-                    if outer in types
-                }
-                for name, kind in look(function.node, inside, function.output, gives).items():
+                pairs = zip(function.output, node.output, strict=True)
+                given_back = {inner: types[outer] for inner, outer in pairs if outer in types}
+                for name, kind in look(function.node, inside, function.output, given_back).items():
                     found[function.name][name].append(kind)
         return types
 
@@ -83,9 +74,9 @@ def annotate(model: ModelProto, hints: Mapping[str, Sequence[Sequence[int | str]
     gives = {info.name: info.type for info in model.graph.output}
     types = look(model.graph.node, given, gives, dict(gives))
     made = [name for node in model.graph.node for name in node.output if name in types and name not in gives]
-    _write(model.graph, {name: [types[name]] for name in made})
+    _write_shapes(model.graph, {name: [types[name]] for name in made})
     for function in model.functions:
-        _write(function, found[function.name])
+        _write_shapes(function, found[function.name])
     for info in ends:
         for dim in info.type.tensor_type.shape.dim:
             if dim.dim_value in _NAMED:
@@ -97,14 +88,13 @@ def _whole(kind: TypeProto) -> bool:
     return kind.tensor_type.HasField("shape") and all(dim.dim_value for dim in kind.tensor_type.shape.dim)
 
 
-def _write(where: GraphProto | FunctionProto, found: Mapping[str, list[TypeProto]]) -> None:
+def _write_shapes(where: GraphProto | FunctionProto, found: Mapping[str, list[TypeProto]]) -> None:
     told = {info.name: info.doc_string for info in where.value_info}
     del where.value_info[:]
     for name, kinds in found.items():
         dims = [[dim.dim_value for dim in kind.tensor_type.shape.dim] for kind in kinds]
         if len({len(each) for each in dims}) == 1:
-            shape = [
-                _NAMED.get(sizes[0], sizes[0]) if len(set(sizes)) == 1 else None for sizes in zip(*dims, strict=True)
-            ]
+            sizes = [set(each) for each in zip(*dims, strict=True)]  # one of each axis, or several
+            shape = [_NAMED.get(min(each), min(each)) if len(each) == 1 else None for each in sizes]
             element = kinds[0].tensor_type.elem_type
             where.value_info.append(helper.make_tensor_value_info(name, element, shape, told.get(name, "")))

@@ -408,6 +408,7 @@ def test_large_weights_go_to_a_file_beside_it(tmp_path, monkeypatch):
         ("flux-dev", {"opset": 9}, ValueError, "opset is 9; 17 to 24"),
         ("flux-dev", {"part": "t5"}, ValueError, "weights=True"),
         ("flux-tiny-dev", {"part": "t5", "weights": True, "opset": 17}, ValueError, "18 and later"),
+        ("flux-tiny-dev", {"part": "t5", "weights": True, "quantize": "int8"}, ValueError, "are not quantized"),
         ("flux-dev", {"weights": True}, ValueError, "give source="),
         ("flux-dev", {"source": "folder"}, ValueError, "ask for weights=True"),
     ],

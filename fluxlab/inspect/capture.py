@@ -65,6 +65,7 @@ def capture(
         raise ValueError(f"dtype is {dtype!r}; give a floating dtype of torch, such as torch.float16")
     heads, forwards = _counted("heads", heads), _counted("forwards", forwards)
     tape = Tape()
+    tape.heads = ["mean"] if mean_heads else None if heads is None else [str(head) for head in heads]
 
     def keep(name: str, tensor: Tensor, nbytes: int | None = None) -> bool:
         """Whether this forward is wanted, and there is room."""

@@ -53,22 +53,27 @@ def explore(tape: Tape, words: list[str] | None = None) -> Explorer:
         blocks.setdefault("*".join(parts[::2]), {})[parts[1] if len(parts) > 1 else "-"] = name
     tensor = ipywidgets.Dropdown(options=list(blocks), description="tensor")
     block = ipywidgets.Dropdown(options=list(blocks[tensor.value]), description="block")
-    steps = tape.captured
-    step = ipywidgets.IntSlider(min=0, max=len(steps) - 1, description="step")
-    head = ipywidgets.IntSlider(min=0, max=0, description="head")
+    step = ipywidgets.SelectionSlider(options=tape.captured, description="step")
+    head = ipywidgets.SelectionSlider(options=["0"], description="head")
     choices = [("all", None), *((word, i) for i, word in enumerate(words or []))]
     word = ipywidgets.Dropdown(options=choices, description="word")
     out = ipywidgets.Output()
 
+    def offer(control: Any, options: list[Any]) -> None:
+        """Other choices; where they are the same, what was chosen stays."""
+        if list(control.options) != options:
+            control.options = options
+
     def shown() -> Figure:
+        offer(block, list(blocks[tensor.value]))
         name = blocks[tensor.value][block.value]
-        found = tape.forward(steps[step.value])[name]
-        head.max = found.shape[1] - 1 if found.ndim == 4 else 0
-        return view(found, name, head.value, word.value)
+        offer(step, [i for i in tape.captured if name in tape.forward(i)])
+        found = tape.forward(step.value)[name]
+        own = tape.heads if name.endswith("attention") else None
+        offer(head, own or [str(i) for i in range(found.shape[1] if found.ndim == 4 else 1)])
+        return view(found, name, head.index, word.value, head.value)
 
     def show(change: Any = None) -> None:
-        if change is not None and change["owner"] is tensor:
-            block.options = list(blocks[tensor.value])
         out.clear_output(wait=True)
         with out:
             display(shown())  # type: ignore[no-untyped-call]
@@ -80,11 +85,15 @@ def explore(tape: Tape, words: list[str] | None = None) -> Explorer:
     return Explorer(box, shown())
 
 
-def view(tensor: Tensor, name: str, head: int = 0, word: int | None = None) -> Figure:
-    """One tensor as a picture: of ``B H L D`` and attention weights one head, of these one word's column if asked."""
+def view(tensor: Tensor, name: str, head: int = 0, word: int | None = None, called: str | None = None) -> Figure:
+    """One tensor as a picture: of ``B H L D`` and attention weights one head, of these one word's column if asked.
+
+    ``called``: the head in the model, where not all were kept.
+    """
     title = name
     if tensor.ndim == 4:
-        tensor, title = tensor[:, head], f"{name}, head {head}"
+        which = "mean of heads" if called == "mean" else f"head {called or head}"
+        tensor, title = tensor[:, head], f"{name}, {which}"
         if word is not None and name.endswith("attention"):
             tensor = tensor[..., word : word + 1].transpose(-1, -2)
     return plots.tensor_map(tensor, title)

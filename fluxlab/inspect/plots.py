@@ -175,7 +175,7 @@ def head_grid(tape: Tape, value: Callable[[Tensor], Tensor], title: str, label: 
     made, (axes,) = figure(size=(1.5 + 0.45 * len(found[0][1]), 0.9 + 0.34 * len(found)))
     shown = _heat(axes, torch.stack([numbers for _, numbers in found]), title, "head", "")
     axes.set_yticks(range(len(found)), [name.replace("_blocks.", " ") for name, _ in found])
-    axes.set_xticks(range(len(found[0][1])))
+    axes.set_xticks(range(len(found[0][1])), tape.heads)
     made.colorbar(shown, ax=axes, label=label)
     return made
 

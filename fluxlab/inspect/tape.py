@@ -20,6 +20,7 @@ class Tape(Mapping[str, Tensor]):
     def __init__(self) -> None:
         self.forwards = 0  # how often the model ran
         self.text_tokens: int | None = None  # of the run, where it is known
+        self.heads: list[str] | None = None  # which the attention weights are of, or "mean"; None for all
         self.nbytes = 0  # of memory, all that is kept
         self._kept: dict[str, dict[int, Tensor]] = {}
 
@@ -107,12 +108,8 @@ class Tape(Mapping[str, Tensor]):
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, one tensor for each name and forward."""
         tensors = {f"{i}/{name}": tensor for name, runs in self._kept.items() for i, tensor in runs.items()}
-        about = {
-            "forwards": str(self.forwards),
-            "text_tokens": str(self.text_tokens or ""),
-            "names": json.dumps([*self]),
-        }
-        write_tensors(tensors, path, about)
+        about = {"forwards": self.forwards, "text_tokens": self.text_tokens, "heads": self.heads, "names": [*self]}
+        write_tensors(tensors, path, {key: json.dumps(value) for key, value in about.items()})
 
     @classmethod
     def load(cls, path: str | Path) -> Tape:
@@ -124,10 +121,11 @@ class Tape(Mapping[str, Tensor]):
         saved = Checkpoint(path)
         if "forwards" not in saved.metadata:
             raise WeightsError(f"{path}: not a tape; a tape is what tape.save writes")
+        about = {key: json.loads(saved.metadata.get(key) or "null") for key in ("text_tokens", "heads", "names")}
         tape = cls()
         tape.forwards = int(saved.metadata["forwards"])
-        tape.text_tokens = int(saved.metadata["text_tokens"] or 0) or None
-        order = {name: i for i, name in enumerate(json.loads(saved.metadata.get("names", "[]")))}
+        tape.text_tokens, tape.heads = about["text_tokens"], about["heads"]
+        order = {name: i for i, name in enumerate(about["names"] or [])}
         keys = [(int(index), name) for index, _, name in (key.partition("/") for key in saved.entries)]
         for index, name in sorted(keys, key=lambda key: (order.get(key[1], len(order)), key[0])):  # not as strings
             tape.put(name, index, saved[f"{index}/{name}"])

@@ -100,11 +100,52 @@ def test_the_menus_choose_what_is_shown(tape):
     controls["tensor"].value = "double_blocks.*.attention"
     assert list(controls["block"].options) == ["0", "1"]
     controls["block"].value = "1"
-    assert controls["head"].max == 3
+    assert controls["head"].options == ("0", "1", "2", "3")
+    controls["head"].value = "2"
+    controls["tensor"].value = "single_blocks.*.attention"
+    assert controls["head"].value == "2"
     controls["tensor"].value = "double_blocks.*.img.output"
-    assert controls["head"].max == 0
+    assert controls["head"].options == ("0",)
     with pytest.raises(ValueError, match="tape is empty"):
         explore(fl.Tape())
+
+
+@pytest.mark.parametrize(
+    ("kept", "names", "title"),
+    [
+        ({"heads": [1, 3]}, ("1", "3"), "double_blocks.0.attention, head 1"),
+        ({"heads": [1, 3], "mean_heads": True}, ("mean",), "double_blocks.0.attention, mean of heads"),
+    ],
+)
+def test_heads_are_called_what_they_are_in_the_model(tmp_path, kept, names, title):
+    model = fl.build("flux-tiny-dev")
+    with torch.no_grad(), fl.capture(model, ["double_blocks.0.attention", "double_blocks.0.q"], **kept) as tape:
+        model(**fl.example_inputs("flux-tiny-dev").kwargs())
+    tape.save(tmp_path / "tape")
+    for each in (tape, fl.Tape.load(tmp_path / "tape")):
+        shown = explore(each)
+        controls = {control.description: control for row in shown.box.children[:2] for control in row.children}
+        controls["tensor"].value = "double_blocks.*.attention"
+        assert controls["head"].options == names
+        controls["tensor"].value = "double_blocks.*.q"
+        assert len(controls["head"].options) == 4  # of which all are kept
+        grid = fl.plots.head_grid(each, lambda weights: weights[0].mean((1, 2)), "mean", "mean")
+        assert tuple(label.get_text() for label in grid.axes[0].get_xticklabels()) == names
+    with torch.no_grad(), fl.capture(model, "double_blocks.0.attention", **kept) as alone:
+        model(**fl.example_inputs("flux-tiny-dev").kwargs())
+    assert explore(alone)._picture.axes[0].get_title().startswith(title)
+
+
+def test_only_steps_in_which_a_tensor_was_made_are_offered():
+    tape = fl.Tape()
+    tape.put("vec", 0, torch.rand(1, 4))
+    for i in (0, 2):
+        tape.put("velocity", i, torch.rand(1, 4, 4))
+    controls = {c.description: c for row in explore(tape).box.children[:2] for c in row.children}
+    controls["tensor"].value = "velocity"
+    controls["step"].value = 2
+    controls["tensor"].value = "vec"
+    assert controls["step"].options == (0,)
 
 
 def test_a_word_narrows_attention_to_its_column(tape):

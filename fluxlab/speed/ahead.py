@@ -29,7 +29,8 @@ def modulation_ahead(pipe: Pipeline, release: bool = False) -> Handle:
     since a product of many rows may sum in another order.
 
     What is not computed in the forward cannot be captured there, and ``capture`` says so: ``time_in``,
-    ``guidance_in``, ``vector_in``, ``txt_in`` and the ``lin`` of modulations. Their shifts, scales and gates can.
+    ``guidance_in``, ``vector_in``, ``txt_in`` and the ``lin`` of modulations. Their shifts, scales and gates can. To
+    ``patch`` what the modulations were computed from, ``timesteps`` or ``vec``, is an error.
 
     Args:
         pipe: whose transformer.
@@ -47,8 +48,6 @@ def modulation_ahead(pipe: Pipeline, release: bool = False) -> Handle:
     if release:
         _release(handle, pipe, layers)
     state = _State(model, layers)
-    for whole in (on for on in pipe.speedups if on.kind == "compile whole"):
-        state.rest = torch.compile(state.tokens, **whole.options)
     handle.put(model, state.forward)
     for module in layers:
         handle.put(module, state.modulation(module))
@@ -86,52 +85,64 @@ class _Loop:
         return True
 
 
+def _linear(layer: Any) -> nn.Linear:
+    return layer.lin if isinstance(layer, Modulation) else layer[1]
+
+
 def _product(model: Any, layer: Any, steer: Tensor) -> Tensor:
     """A modulation's Linear; where its block is divided among processes, once it has been gathered."""
     sharded = [block for block in (*model.double_blocks, *model.single_blocks) if hasattr(block, "unshard")]
     owner = next((block for block in sharded if layer in set(block.children())), None)
     if owner is not None:
         owner.unshard()
-    product: Tensor = (layer.lin if isinstance(layer, Modulation) else layer[1])(steer)
+    product = _linear(layer)(steer)
     if owner is not None:
         owner.reshard()
     return product
 
 
+def _unchanged(name: str, given: Tensor, known: Tensor) -> None:
+    """
+    Raises:
+        ValueError: somebody patched what the answers were computed from, and the patch would be ignored.
+    """
+    looked_at = not torch.compiler.is_compiling() and observers.get()
+    if looked_at and not torch.allclose(given, known, rtol=0, atol=0, equal_nan=True):
+        raise ValueError(f"{name} was changed, and modulation_ahead computed ahead what follows from it; undo it first")
+
+
 class _State:
+    """The loops that are prepared, and the step that runs."""
+
     def __init__(self, model: Any, layers: list[Any]) -> None:
         self.model, self.layers, self.plain = model, layers, model.forward
         self.loops: list[_Loop] = []
-        self.rest = self.tokens
         self.active = False
+        self.vec = torch.empty(0)  # of the step that runs
         self.now = torch.empty(0)  # the row of the step that runs, at one place, so that compiled blocks find it
 
     @torch.no_grad()
     def begin(self, loops: Sequence[FluxInputs], times: Sequence[float]) -> None:
         self.loops = [_Loop(self.model, inputs, times, self.layers) for inputs in loops]
-        table, batch = self.loops[0].table, self.loops[0].batch
-        if self.now.shape != (batch, table.shape[1]) or (self.now.dtype, self.now.device) != (
-            table.dtype,
-            table.device,
-        ):
-            self.now = table.new_empty(batch, table.shape[1])
-            widths = [(layer.lin if isinstance(layer, Modulation) else layer[1]).out_features for layer in self.layers]
-            for module, part in zip(self.layers, self.now.split(widths, dim=1), strict=True):
-                parts = part[:, None, :].chunk(getattr(module, "multiplier", 1), dim=-1)
-                steers = tuple(ModulationOut(*parts[i : i + 3]) for i in range(0, len(parts), 3) if len(parts) > 1)
-                module.ready = steers or part
+        row = self.loops[0].table[: self.loops[0].batch]
+        if (self.now.shape, self.now.dtype, self.now.device) != (row.shape, row.dtype, row.device):
+            self.now = torch.empty_like(row)
+            widths = [_linear(layer).out_features for layer in self.layers]
+            for layer, part in zip(self.layers, self.now.split(widths, dim=1), strict=True):
+                several = isinstance(layer, Modulation)
+                layer.ready = part[:, None, :].chunk(layer.multiplier, dim=-1) if several else part
 
-    def modulation(self, module: Any) -> Any:
-        plain = module.forward
+    def modulation(self, layer: Any) -> Any:
+        plain = layer.forward
 
         def forward(vec: Tensor) -> Any:
             if not self.active:
                 return plain(vec)
-            if torch.compiler.is_compiling() or not observers.get() or not isinstance(module, Modulation):
-                return module.ready
-            outs: Any = module.ready
-            parts = [part for out in outs for part in out]
-            seen = [module.see(name, part) for name, part in zip(module.names, parts, strict=True)]
+            _unchanged("vec", vec, self.vec)
+            ready: Any = layer.ready
+            if not isinstance(layer, Modulation):
+                return ready
+            seen = [layer.see(name, part) for name, part in zip(layer.names, ready, strict=True)]
             return tuple(ModulationOut(*seen[i : i + 3]) for i in range(0, len(seen), 3))
 
         return forward
@@ -146,32 +157,31 @@ class _State:
         y: Tensor,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        model = self.model
+        """The model's own, with functions that know the answer in place of the parts that were computed ahead."""
         fixed = {"txt": txt, "y": y, "guidance": guidance, "img_ids": img_ids, "txt_ids": txt_ids}
         loop = next((each for each in self.loops if each.fits(**fixed)), None)
         at = set(timesteps.tolist())
         row = loop.rows.get(at.pop()) if loop and len(at) == 1 else None
-        if loop is None or row is None or img.shape != loop.inputs.img.shape:
-            return self.plain(img, img_ids, txt, txt_ids, timesteps, y, guidance)
-        rows = slice(row, row + loop.batch)
-        self.now.copy_(loop.table[rows])
-        self.active = True
+        known: dict[str, Any] = {}
+        if loop is not None and row is not None and img.shape == loop.inputs.img.shape:
+            vec, text, pe = loop.vec[row : row + loop.batch], loop.txt, loop.pe
+            self.now.copy_(loop.table[row : row + loop.batch])
+            self.vec = vec
+
+            def time_in(embedded: Tensor) -> Tensor:
+                _unchanged("timesteps", embedded, timestep_embedding(timesteps).to(embedded))
+                return vec
+
+            known = {"time_in": time_in, "guidance_in": None, "vector_in": lambda _: 0}
+            known |= {"txt_in": lambda _: text, "pe_embedder": lambda _: pe}
         try:
-            img, _ = model.see("img", img), model.see("timesteps", timesteps)
-            return self.rest(img, loop.txt, model.see("vec", loop.vec[rows]), model.see("pe", loop.pe))
+            vars(self.model).update(known)  # found before the modules of these names
+            self.active = bool(known)
+            return self.plain(img, img_ids, txt, txt_ids, timesteps, y, guidance)
         finally:
             self.active = False
-
-    def tokens(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
-        """The rest of the forward."""
-        model = self.model
-        img = model.img_in(img)
-        for block in model.double_blocks:
-            img, txt = block(img, txt, vec, pe)
-        x = torch.cat((txt, img), dim=1)
-        for block in model.single_blocks:
-            x = block(x, vec, pe)
-        return model.see("velocity", model.final_layer(x[:, txt.shape[1] :], vec))
+            for name in known:
+                del vars(self.model)[name]
 
 
 def _release(handle: Handle, pipe: Pipeline, layers: list[Any]) -> None:

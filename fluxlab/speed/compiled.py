@@ -22,8 +22,6 @@ def compile(pipe: Pipeline, whole: bool = False, **options: Any) -> Handle:
     """
     kind = "compile whole" if whole else "compile"
     handle = Handle(pipe, kind, kind)
-    handle.options = options
-    modules = [pipe.model] if whole else [*pipe.model.double_blocks, *pipe.model.single_blocks]
-    for module in modules:
+    for module in [pipe.model] if whole else [*pipe.model.double_blocks, *pipe.model.single_blocks]:
         handle.put(module, torch.compile(module.forward, **options))
     return handle.on()

@@ -21,7 +21,6 @@ class Handle:
 
     def __init__(self, pipe: Pipeline, kind: str, said: str) -> None:
         self.pipe, self.kind, self.said = pipe, kind, said
-        self.options: dict[str, Any] = {}
         self._stack = ExitStack()
         on = [handle.kind for handle in pipe.speedups]
         if later := [other for other in on if _ORDER.index(other) >= _ORDER.index(kind)]:

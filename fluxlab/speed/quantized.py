@@ -9,7 +9,11 @@ from fluxlab.extras import importing
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.speed.handle import Handle
 
-KINDS = ("int8", "int8 dynamic", "fp8")
+_CONFIGS = {  # of torchao
+    "int8": "Int8WeightOnlyConfig",
+    "int8 dynamic": "Int8DynamicActivationInt8WeightConfig",
+    "fp8": "Float8WeightOnlyConfig",
+}
 
 
 def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
@@ -26,17 +30,14 @@ def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
         ValueError: no such kind, or the device has no fp8; or weights are not in memory, as with ``low_memory``.
         ImportError: torchao is not installed.
     """
-    if kind not in KINDS:
-        raise ValueError(
-            f"kind is {kind!r}; there are {', '.join(map(repr, KINDS))}; 4 bits are loaded from GGUF files"
-        )
+    if kind not in _CONFIGS:
+        kinds = ", ".join(map(repr, _CONFIGS))
+        raise ValueError(f"kind is {kind!r}; there are {kinds}; 4 bits are loaded from GGUF files")
     handle = Handle(pipe, "quantize", f"quantize {kind}")
     ends = (pipe.model.img_in, pipe.model.final_layer.linear)
     linears = [each for each in pipe.model.modules() if isinstance(each, nn.Linear) and each not in ends]
     if any(each.weight.is_meta for each in linears):
-        raise ValueError(
-            "weights are not in memory, since low_memory has them come one by one; load a GGUF file instead"
-        )
+        raise ValueError("weights are not in memory: low_memory has them come one by one; load a GGUF file instead")
     capable = linears[0].weight.is_cuda and torch.cuda.get_device_capability(linears[0].weight.device) >= (8, 9)
     if kind == "fp8" and not capable:
         raise ValueError("fp8 needs a GPU that has it (compute capability 8.9); take int8 here")
@@ -44,13 +45,8 @@ def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
         warnings.simplefilter("ignore")
         from torchao import quantization as torchao  # type: ignore[import-not-found,unused-ignore]
 
-        config = {
-            "int8": torchao.Int8WeightOnlyConfig,
-            "int8 dynamic": torchao.Int8DynamicActivationInt8WeightConfig,
-            "fp8": torchao.Float8WeightOnlyConfig,
-        }[kind]()
         before = [each.weight for each in linears]
-        torchao.quantize_(pipe.model, config, lambda module, name: module in linears)
+        torchao.quantize_(pipe.model, getattr(torchao, _CONFIGS[kind])(), lambda module, name: module in linears)
 
     def restore() -> None:
         for linear, weight in zip(linears, before, strict=True):

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import distributed
 
-from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.speed.handle import Handle
 
@@ -49,21 +48,21 @@ def shard(pipe: Pipeline, minutes: float = 10) -> Handle:
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     model, t5 = pipe.model, pipe.text.t5
     encoder: Any = t5
-    blocks = [*model.double_blocks, *model.single_blocks, *encoder.encoder.block]
-    for block in blocks:
+    for block in (*model.double_blocks, *model.single_blocks, *encoder.encoder.block):
         fully_shard(block, mesh=mesh, mp_policy=policy)
 
     def restore() -> None:
-        whole = Flux(model.config)
-        whole.load_state_dict({name: _full(tensor) for name, tensor in model.state_dict().items()}, assign=True)
-        pipe.model = whole.eval().requires_grad_(False)
-        words = type(encoder)(encoder.config)
-        words.load_state_dict({name: _full(tensor) for name, tensor in encoder.state_dict().items()}, assign=True)
-        pipe.text.t5 = words.eval().requires_grad_(False)
+        pipe.model, pipe.text.t5 = _gathered(model), _gathered(t5)
 
     handle.later(restore)
     return handle.on()
 
 
-def _full(tensor: Any) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def _gathered(module: Any) -> Any:
+    """A new module with all of its weights, since FSDP has no way back for the one that it divided."""
+    from torch.distributed.tensor import DTensor
+
+    weights = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in module.state_dict().items()}
+    whole = type(module)(module.config)
+    whole.load_state_dict(weights, assign=True)
+    return whole.eval().requires_grad_(False)

@@ -110,6 +110,19 @@ def test_what_ahead_computes_is_the_forwards_own(pipe):
             assert torch.allclose(ahead.stack(name)[forward], plain.stack(name)[forward], atol=2e-4), name
 
 
+@pytest.mark.parametrize("name", ["vec", "timesteps"])
+def test_a_patch_that_ahead_would_ignore_is_refused(pipe, name):
+    with fl.speed.modulation_ahead(pipe):
+        with fl.patch(pipe.model, name, lambda tensor: tensor.clone()):
+            painted(pipe, num_steps=1)
+        with (
+            pytest.raises(ValueError, match=f"{name} was changed, and modulation_ahead computed ahead"),
+            fl.patch(pipe.model, name, lambda tensor: tensor / 2),
+        ):
+            painted(pipe, num_steps=1)
+    assert "time_in" not in vars(pipe.model)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -14,7 +14,7 @@ from fluxlab.files import Checkpoint, Tensors, WeightsError, replacing, stream_t
 from fluxlab.weights.find import find_files
 from fluxlab.weights.layouts import Config
 from fluxlab.weights.load import autoencoder_config, empty_encoder, opened, weights_of
-from fluxlab.weights.which import which
+from fluxlab.weights.which import is_gguf, which
 
 Target = Literal["official", "diffusers", "comfyui"]
 _PREFIXES = {  # of a ComfyUI checkpoint: one file of all parts
@@ -92,8 +92,9 @@ def convert_part(
     _check_output(output, to)
     if to == "comfyui":
         raise WeightsError("to is 'comfyui', which is one file of all parts; for one part take official or diffusers")
+    source = Path(source).expanduser()
     tensors = opened(source, config, to, dtype)
-    if tensors.mapped and list(tensors) == list(Checkpoint(source)):
+    if tensors.mapped and not is_gguf(source) and list(tensors) == list(Checkpoint(source)):
         raise WeightsError(f"{source}: is in the {to} layout already, and in that dtype")
     with replacing(output) as file:
         if to == "diffusers":

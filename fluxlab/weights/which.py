@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,18 +47,19 @@ class Part:
         return variants_of(shapes, self.kind, self.layout) if self.kind in ("transformer", "autoencoder") else []
 
     def __str__(self) -> str:
-        entries, of = self.tensors.entries, f" of {' or '.join(self.variants) or 'no variant here'}"
-        if self.kind == "t5":
-            of = f" of width {entries[_T5_WIDTH[self.layout]].shape[-1]}" if _T5_WIDTH[self.layout] in entries else ""
+        entries, of = self.tensors.entries, ""
+        if self.kind in ("transformer", "autoencoder"):
+            of = f" of {' or '.join(self.variants) or 'no variant here'}"
+        elif self.kind == "t5" and (words := entries.get(_T5_WORDS[self.layout])) is not None:
+            of = f" of width {words.shape[-1]}"
         named = f"names after {self.prefix!r}; " if self.prefix else ""
-        said = f"the {_CALLED.get(self.kind, self.kind)}{'' if self.kind in ('clip', 'lora') else of}"
         numbers = sum(entry.numel() for entry in entries.values())
-        quantization = self.tensors.metadata["quantization"]
-        return f"{said} in the {self.layout} layout; {named}{quantization}; {numbers:,} numbers"
+        said = f"{named}{self.tensors.metadata['quantization']}; {numbers:,} numbers"
+        return f"the {_CALLED.get(self.kind, self.kind)}{of} in the {self.layout} layout; {said}"
 
 
 _CALLED = {"t5": "T5 encoder", "clip": "CLIP text model", "lora": "LoRA"}
-_T5_WIDTH = {"transformers": "shared.weight", "llama.cpp": "token_embd.weight"}  # one row of the table of words
+_T5_WORDS = {"transformers": "shared.weight", "llama.cpp": "token_embd.weight"}  # the table of words
 
 
 def which(path: str | Path) -> list[Part]:
@@ -69,19 +71,20 @@ def which(path: str | Path) -> list[Part]:
     tensors = open_tensors(path)
     if (who := dialect(tensors)) is not None:
         return [Part("lora", who, "", tensors)]
-    found: dict[tuple[str, str], set[str]] = {}
+    found: dict[tuple[str, str], set[str]] = defaultdict(set)  # each part's prefixes
     for part, begins in _PARTS.items():
-        matches = (re.match(_PREFIX + begins, name) for name in tensors)
-        found |= {part: prefixes} if (prefixes := {match[1] for match in matches if match}) else {}
+        for name in tensors:
+            if match := re.match(_PREFIX + begins, name):
+                found[part].add(match[1])
     if twice := [f"{kind} after {sorted(prefixes)}" for (kind, _), prefixes in found.items() if len(prefixes) > 1]:
         raise WeightsError(f"{path}: holds more than one {', '.join(twice)}; save the one that is meant alone")
     prefixes = {prefix for (prefix,) in found.values()}
+    longest = {name: max(filter(name.startswith, prefixes), key=len, default=None) for name in tensors}
+    left = [name for name, prefix in longest.items() if prefix is None and not UNUSED.fullmatch(name)]
     parts = []
     for (kind, layout), (prefix,) in found.items():
-        longer = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
-        names = [n for n in tensors if n.startswith(prefix) and not (longer and n.startswith(longer))]
-        parts.append(Part(kind, layout, prefix, tensors.renamed({n.removeprefix(prefix): n for n in names})))
-    left = [n for n in tensors if not n.startswith(tuple(prefixes)) and not UNUSED.fullmatch(n)]
+        names = {name.removeprefix(prefix): name for name, own in longest.items() if own == prefix}
+        parts.append(Part(kind, layout, prefix, tensors.renamed(names)))
     if not parts or left:
         what = f"{len(left)} tensors belong to no part of FLUX" if parts else "this is no part of FLUX"
         raise WeightsError(f"{path}: {what}: {listed(left or list(tensors), 4) or 'it is empty'}")
@@ -95,12 +98,11 @@ def open_part(path: str | Path, kind: str) -> Part:
         WeightsError: the file cannot be read, or does not hold it; the message says what it holds.
     """
     parts = which(path)
-    found = next((part for part in parts if part.kind == kind), None)
-    if found is None:
-        raise WeightsError(
-            f"{path}: this is {'; and '.join(map(str, parts))}, where the {_CALLED.get(kind, kind)} was expected"
-        )
-    return found
+    for part in parts:
+        if part.kind == kind:
+            return part
+    said = "; and ".join(map(str, parts))
+    raise WeightsError(f"{path}: this is {said}, where the {_CALLED.get(kind, kind)} was expected")
 
 
 def open_tensors(path: str | Path) -> Tensors:
@@ -110,8 +112,12 @@ def open_tensors(path: str | Path) -> Tensors:
         WeightsError: it cannot be read.
     """
     path = Path(path).expanduser()
-    if path.is_file() and os.access(path, os.R_OK):
-        with path.open("rb") as file:
-            if file.read(4) == b"GGUF":
-                return read_gguf(path)
-    return unscaled(Checkpoint(path))
+    return read_gguf(path) if is_gguf(path) else unscaled(Checkpoint(path))
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file that can be read begins as GGUF does."""
+    if not (path.is_file() and os.access(path, os.R_OK)):
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"

@@ -19,7 +19,7 @@ from fluxlab.weights.convert import convert, convert_part, diffusers_config
 from fluxlab.weights.layouts import shapes
 from fluxlab.weights.load import autoencoder_config
 from tests.helpers import SMALL, SMALL_AUTOENCODER, linux, peak_anonymous_memory, randomise
-from tests.weights.test_quantized import write_gguf
+from tests.weights.test_quantized import Q, write_gguf
 
 TINY = fl.VARIANTS["flux-tiny-dev"]
 PROMPT = "a small red circle left of a large blue square on a white background"
@@ -458,6 +458,17 @@ def test_a_target_that_cannot_be_written_is_said_before_anything_is_read(tmp_pat
     assert result.exit_code == 2
     assert "Permission denied" in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gguf_file_of_floats_is_no_official_file_yet(tmp_path):
+    """Its names, dtypes and values are; its format is not."""
+    config, module, _ = parts()["transformer"]
+    halves = {name: tensor.half() for name, tensor in randomise(module).state_dict().items()}
+    write_gguf(tmp_path / "x.gguf", halves, Q.F16)
+    convert_part(tmp_path / "x.gguf", tmp_path / "x.safetensors", config, "official")
+    again = Checkpoint(tmp_path / "x.safetensors")
+    assert again.keys() == halves.keys()
+    assert all(torch.equal(again[name], tensor.to(again[name].dtype)) for name, tensor in halves.items())
 
 
 def test_quantized_files_are_written_widened(tmp_path, tiny):

@@ -209,7 +209,3 @@ def train_tiny(
         train(run, recipe, output, earlier)
     else:
         train_member(member, run, recipe, output, earlier)
-
-
-if __name__ == "__main__":
-    app()

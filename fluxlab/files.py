@@ -27,7 +27,7 @@ class WeightsError(ValueError):
     """A file that cannot be read, or that does not hold what it should."""
 
 
-class Tensors(Mapping):  # type: ignore[type-arg]  # of str to Tensor, but no checker of types shall read one
+class Tensors(Mapping):  # type: ignore[type-arg]  # of str to Tensor: said, a runtime checker would read one to see
     """Tensors by name, each read when it is asked for; ``entries`` tell shapes and dtypes ahead, on the meta device."""
 
     def __init__(
@@ -72,9 +72,10 @@ class Tensors(Mapping):  # type: ignore[type-arg]  # of str to Tensor, but no ch
         def read(name: str) -> Tensor:
             tensor = self[name]
             cast = tensor.to(entries[name].dtype)
-            narrower = cast.dtype != tensor.dtype and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
-            pieces = (each.reshape(-1).split(2**20) for each in (cast, tensor)) if narrower else ((), ())
-            for after, before in zip(*pieces, strict=True):  # piece by piece: a copy in float32 may be large
+            if cast.dtype == tensor.dtype or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
+                return cast
+            pieces = (each.reshape(-1).split(2**20) for each in (cast, tensor))  # a copy in float32 may be large
+            for after, before in zip(*pieces, strict=True):
                 if after.float().isfinite().sum() != before.float().isfinite().sum():
                     raise WeightsError(f"{self.path}: {name} has values that {dtype} cannot hold; take torch.bfloat16")
             return cast

@@ -50,6 +50,7 @@ _OTHERS = {  # other ways to change weights
     "a middle matrix": r".*lora_mid.*",
 }
 _METADATA = "lora_adapter_metadata"  # where diffusers writes PEFT's config
+_SHOWN = 128  # channels of a model that is shown edges or depth beside the noise
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,6 @@ class _Place:
     layer: Any
     rows: tuple[int, int]
     swapped: bool = False
-    image: bool = False  # whether it takes the image tokens
-
-    @property
-    def widens(self) -> bool:
-        """Whether it is ``img_in`` of a model that is shown nothing, which may be shown edges or depth."""
-        return self.image and self.layer.in_features < 128
 
     def spread(self, tensor: Tensor) -> Tensor:
         """A tensor with these rows, in all rows of the layer."""
@@ -105,15 +100,17 @@ def read_lora(path: str | Path, modules: Mapping[str, nn.Module]) -> tuple[list[
     tensors = Checkpoint(path)
     if dialect(tensors) is None:
         raise WeightsError(f"{path}: this is no LoRA: {listed(list(tensors), 4)}")
-    places, norms = dict(_places(modules)), dict(modules["transformer"].named_modules())
-    roles: dict[str, dict[str, str]] = defaultdict(dict)  # of each layer that the file names
+    transformer: Any = modules["transformer"]
+    places, norms = dict(_places(modules)), dict(transformer.named_modules())
+    found: dict[_Place, dict[str, str]] = defaultdict(dict)  # the tensors of each, by their roles
+    layers: dict[_Place, str] = {}  # as the file calls them
     scales, unknown = {}, []
     for name, entry in tensors.entries.items():
         match, norm = _ROLE.fullmatch(name), norms.get(name.removesuffix(".scale"))
-        if match and _own(match[1]) in places:
-            if (role := str(match.lastgroup)) in roles[match[1]]:
-                raise WeightsError(f"{path}: {name} and {roles[match[1]][role]} are both the {role} of one layer")
-            roles[match[1]][role] = name
+        if match and (place := places.get(_own(match[1]))):
+            layers[place], role = match[1], str(match.lastgroup)
+            if (other := found[place].setdefault(role, name)) != name:
+                raise WeightsError(f"{path}: {name} and {other} are both the {role} of one layer")
         elif name.endswith("_norm.scale") and norm is not None and entry.shape == norm.scale.shape:
             scales[norm] = name
         else:
@@ -121,27 +118,26 @@ def read_lora(path: str | Path, modules: Mapping[str, nn.Module]) -> tuple[list[
     if unknown:
         said = f"{len(unknown)} tensors fit nothing in {' or '.join(modules)}: {listed(unknown, 4)}"
         raise WeightsError(f"{path}: {said}; is it of another model?")
-    named: dict[_Place, str] = {}
-    for layer, own in roles.items():  # before any value is read
-        _check_shapes(
-            layer, {role: tensors.entries[name].shape for role, name in own.items()}, places[_own(layer)], path
-        )
-        if (other := named.setdefault(places[_own(layer)], layer)) != layer:
-            raise WeightsError(f"{path}: {layer} and {other} are the same layer")
-    changes = [_change(layer, own, places[_own(layer)], tensors) for layer, own in roles.items()]
+    for place, roles in found.items():  # before any value is read
+        shapes = {role: tensors.entries[name].shape for role, name in roles.items()}
+        columns = {place.layer.in_features}
+        if place.layer is transformer.img_in:  # it may become wider, to be shown more than the noise
+            columns.add(max(place.layer.in_features, _SHOWN))
+        _check_shapes(path, layers[place], shapes, place, columns)
+    changes = [_change(layers[place], roles, place, tensors) for place, roles in found.items()]
     return changes, {norm: finite(tensors[name], name, tensors.path) for norm, name in scales.items()}
 
 
-def _check_shapes(layer: str, shapes: dict[str, torch.Size], place: _Place, path: str | Path) -> None:
+def _check_shapes(
+    path: str | Path, layer: str, shapes: dict[str, torch.Size], place: _Place, columns: set[int]
+) -> None:
     if missing := {"down", "up"} - shapes.keys():
         raise WeightsError(f"{path}: {layer} has no {' and no '.join(sorted(missing))} matrix")
-    down, up, linear, rows = shapes["down"], shapes["up"], place.layer, place.rows[1] - place.rows[0]
-    columns = [linear.in_features, *([128] if place.widens else [])]  # more of them for edges or depth
-    rank = (*down, 0)[0]
-    fits = rank and down in [(rank, each) for each in columns] and up == (rows, rank)
+    down, up, rows = shapes["down"], shapes["up"], place.rows[1] - place.rows[0]
+    fits = len(down) == 2 and down[0] and down[1] in columns and up == (rows, down[0])
     if not (fits and shapes.get("bias", (rows,)) == (rows,)):
         said = ", ".join(f"{role} {list(shape)}" for role, shape in shapes.items())
-        want = f"down [rank, {linear.in_features}], up [{rows}, rank]"
+        want = f"down [rank, {place.layer.in_features}], up [{rows}, rank]"
         raise WeightsError(f"{path}: {layer} is {said}, where {want} was expected; is it of another model?")
     if (alpha := shapes.get("alpha", torch.Size())).numel() != 1:
         raise WeightsError(f"{path}: alpha of {layer} is of shape {list(alpha)}; it must be one number")
@@ -181,7 +177,7 @@ def _places(modules: Mapping[str, nn.Module]) -> Iterator[tuple[tuple[str, str],
     for part, module in modules.items():
         linears = {name: each for name, each in module.named_modules() if isinstance(each, nn.Linear)}
         for name, linear in linears.items():
-            whole = _Place(linear, (0, linear.out_features), image=name == "img_in")
+            whole = _Place(linear, (0, linear.out_features))
             own = name.removeprefix("text_model.").replace(".", "_")
             yield (part, own), whole
             for theirs, ours in _XLABS.items():
@@ -192,7 +188,4 @@ def _places(modules: Mapping[str, nn.Module]) -> Iterator[tuple[tuple[str, str],
             if (layer := linears.get(rule.official.removesuffix(".weight"))) is not None:
                 ends = pairwise(accumulate(rule.rows or (layer.out_features,), initial=0))
                 for theirs, rows in zip(rule.diffusers, ends, strict=True):
-                    yield (
-                        (part, theirs.removesuffix(".weight").replace(".", "_")),
-                        _Place(layer, rows, rule.swapped, rule.official == "img_in.weight"),
-                    )
+                    yield (part, theirs.removesuffix(".weight").replace(".", "_")), _Place(layer, rows, rule.swapped)

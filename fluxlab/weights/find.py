@@ -98,7 +98,7 @@ def find_files(
     elif path is not None:
         folder = path if path.is_dir() else _download(str(source), places)
         inside = ((part, folder / name) for part, names in places.items() for name in reversed(names))
-        found = {part: place for part, place in inside if place.exists()}
+        found = {part: place for part, place in inside if place.exists()}  # a part's first name is taken last, and wins
     found |= given
     for part in ("t5", "clip"):
         name = f"{part}_tokenizer"
@@ -136,10 +136,8 @@ def _download(source: str, places: Mapping[str, tuple[str, ...]]) -> Path:
     """A hub repository's files in the local cache: what is not there yet is told, with its size, and fetched."""
     here = Path(source)
     if source.count("/") != 1 or source[0] in "./~" or here.suffix in (".safetensors", ".gguf") or here.parent.is_dir():
-        neither = "neither a file or folder that exists nor a hub name (owner/name, where no folder owner is)"
-        raise WeightsError(
-            f"source is {source!r}, which is {neither}; give the folder that holds all parts of the model"
-        )
+        said = "neither a file or folder that exists nor a hub name (owner/name, where no folder owner is)"
+        raise WeightsError(f"source is {source!r}, which is {said}; give the folder that holds all parts of the model")
     from huggingface_hub import constants, errors, snapshot_download
 
     def fetch(parts: Iterable[str], dry_run: bool) -> Any:
@@ -151,7 +149,7 @@ def _download(source: str, places: Mapping[str, tuple[str, ...]]) -> Path:
         every = [name for names in places.values() for name in names]
         try:
             both = fetch(every, dry_run=True)
-        except (errors.GatedRepoError, errors.RepositoryNotFoundError):
+        except errors.RepositoryNotFoundError:  # or gated
             raise
         except OSError:  # without a network, the cache may still have all
             return Path(fetch(every, dry_run=False))
@@ -171,8 +169,6 @@ def _download(source: str, places: Mapping[str, tuple[str, ...]]) -> Path:
         raise WeightsError(f"{source}: this repository is gated; {ways}") from error
     except errors.RepositoryNotFoundError as error:
         raise WeightsError(f"{source}: neither a folder here nor a repository on the hub; look at its name") from error
-    except WeightsError:
-        raise
-    except (OSError, ValueError) as error:
+    except (OSError, errors.HFValidationError) as error:
         said = f"there is no such folder, and from the hub it cannot be fetched ({error})"
         raise WeightsError(f"source is {source!r}: {said}") from error

@@ -26,7 +26,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # T5-XXL v1.1 and CLIP-L, where they d
     "t5": {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"},
     "clip": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
 }
-_READ = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def load_weights(
@@ -97,7 +97,7 @@ def weights_of(module: nn.Module, path: str | Path, dtype: torch.dtype | None = 
     if isinstance(module, (Flux, AutoEncoder)):
         return opened(path, module.config, "official", dtype, True)
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    kind = {"T5EncoderModel": "t5", "CLIPTextModel": "clip"}.get(type(module).__name__)
+    kind = {"T5EncoderModel": "t5", "CLIPTextModel": "clip"}.get(type(module).__name__)  # else any module, as Redux's
     tensors = open_tensors(path) if kind is None else _encoder(open_part(path, kind), wanted)
     check_shapes(tensors, wanted)
     return tensors.cast(dtype or _narrowest(tensors))
@@ -121,7 +121,7 @@ def opened(
 
 def _narrowest(tensors: Tensors) -> torch.dtype | None:
     held = {entry.dtype for entry in tensors.entries.values()}
-    eight_bits = {torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.bfloat16}  # promoted to nothing
+    eight_bits = {torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.bfloat16}  # torch promotes no float8
     return reduce(torch.promote_types, (eight_bits.get(each, each) for each in held)) if len(held) > 1 else None
 
 
@@ -136,9 +136,10 @@ def _encoder(part: Part, wanted: Shapes) -> Tensors:
         known = {name: table.get_name(name, (".weight",)) for name in wanted}
         names = {name: theirs for name, theirs in known.items() if theirs in names}
         names |= {name: name for name in part.tensors if name not in names.values()}
-    for one, other in (tie := ("shared.weight", "encoder.embed_tokens.weight")), tie[::-1]:
-        if one in names and other in wanted:
-            names.setdefault(other, names[one])
+    one, other = "shared.weight", "encoder.embed_tokens.weight"
+    for name, same in ((one, other), (other, one)):
+        if name in wanted and same in names:
+            names.setdefault(name, names[same])
     return part.tensors.renamed(names)
 
 
@@ -172,7 +173,7 @@ def check_shapes(tensors: Tensors, wanted: Shapes, part: Part | None = None) -> 
     wrong = [
         f"{name} is {entry.dtype} {list(entry.shape)}, where floating {list(wanted[name])} was expected"
         for name, entry in tensors.entries.items()
-        if name in wanted and (tuple(entry.shape) != wanted[name] or entry.dtype not in _READ)
+        if name in wanted and (tuple(entry.shape) != wanted[name] or entry.dtype not in _DTYPES)
     ]
     problems = [describe_difference(wanted, tensors), f"{len(wrong)} different: {listed(wrong)}" if wrong else ""]
     if any(problems):

@@ -43,13 +43,16 @@ class Lora:
         for file in self.strengths:
             changes, scales = read_lora(Path(file).expanduser(), modules)
             if self._scales.keys() & scales:
-                raise WeightsError(
-                    f"{file}: replaces the scales of norms, as another of the files does; give one of them"
-                )
+                said = "replaces the scales of norms, as another of the files does; give one of them"
+                raise WeightsError(f"{file}: {said}")
             self._scales |= scales
             for change in changes:
                 self._changes[change.layer].append((file, change))
-        self._keep_apart()
+        for layer, of_layer in self._changes.items():  # not in hooks: who looks at a layer's output sees the sum
+            self._wrap(layer, partial(_sum, layer, of_layer, self.strengths))
+        for norm, scale in self._scales.items():
+            self._wrap(norm, partial(_with_scale, norm, scale))
+        self._widen()
 
     def set_strength(self, file: str | Path, strength: float) -> None:
         """Change how much of a file is added. Scales of norms that it replaces are its own at any strength.
@@ -120,14 +123,6 @@ class Lora:
     def __repr__(self) -> str:
         files = ", ".join(f"{file} at {strength:g}" for file, strength in self.strengths.items())
         return f"Lora({files}: {len(self._changes)} layers, {'merged' if self.merged else 'apart'})"
-
-    def _keep_apart(self) -> None:
-        """In the layers' forwards, and not in hooks: who looks at a layer's output sees the sum."""
-        for layer, changes in self._changes.items():
-            self._wrap(layer, partial(_sum, layer, changes, self.strengths))
-        for norm, scale in self._scales.items():
-            self._wrap(norm, partial(_with_scale, norm, scale))
-        self._widen()
 
     def _wrap(self, layer: Any, forward: Callable[..., Tensor]) -> None:
         own, on = vars(layer).get("forward"), [True]

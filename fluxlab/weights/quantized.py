@@ -74,8 +74,7 @@ def unscaled(tensors: Tensors) -> Tensors:
     if found := list(filter(_BITSANDBYTES.fullmatch, names)):
         said = f"quantized by bitsandbytes ({listed(found, 2)}), which only bitsandbytes reads"
         raise WeightsError(f"{path}: {said}; take the bfloat16, fp8 or GGUF file of the same model")
-    others = {kind for kind in _formats(tensors) if kind not in _EIGHT_BITS}
-    if others:
+    if others := _formats(tensors) - _EIGHT_BITS.keys():
         raise WeightsError(f"{path}: quantized as {listed(sorted(others))}, which is not read; take fp8 or GGUF")
     scales = {f"{match[1]}.weight": name for name in names if (match := _SCALE.fullmatch(name))}
     entries = {n: e for n, e in tensors.entries.items() if not (_SCALE.fullmatch(n) or _BESIDE.fullmatch(n))}
@@ -90,9 +89,8 @@ def unscaled(tensors: Tensors) -> Tensors:
     def read(name: str) -> Tensor:
         if name not in scales:
             return tensors[name]
-        factor = tensors[scales[name]].float()
-        weight = tensors[name].float()
-        return weight * (factor if factor.numel() == 1 else factor.reshape(-1, *(1,) * (weight.ndim - 1)))
+        weight, factor = tensors[name].float(), tensors[scales[name]].float()
+        return weight * factor.reshape(-1, *[1] * (weight.ndim - 1))  # one for all, or one for each row
 
     kinds = Counter(str(tensors.entries[name].dtype).removeprefix("torch.") for name in entries)
     said = _counted(kinds) + (f"; {len(scales)} with a scale" if scales else "")

@@ -252,6 +252,14 @@ def published(model, tensors, strength):
     return wide
 
 
+def test_norms_are_replaced_by_one_file_alone(tmp_path, model):
+    for name in ("a", "b"):
+        write_tensors(bfl(model), tmp_path / name)
+    with pytest.raises(fl.WeightsError, match="b: replaces the scales of norms, as another of the files does; give"):
+        Lora({"transformer": model}, {tmp_path / "a": 1, tmp_path / "b": 1})
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_bfls_own_is_its_published_formula(tmp_path, model, merged):
     tensors = bfl(model)

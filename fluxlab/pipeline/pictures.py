@@ -69,7 +69,6 @@ def made_by(given: Mapping[str, Any]) -> dict[str, str]:
 
     That text, ``parameters``, is laid out as AUTOMATIC1111's web interface does, which other programs read.
     """
-
     info = {key: str(value) for key, value in given.items() if value is not None}
     info |= {"sampler": "Euler", "version": f"fluxlab {VERSION}"}
     names = {"steps": "Steps", "sampler": "Sampler", "true_cfg": "CFG scale", "guidance": "Distilled CFG Scale"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,20 +114,17 @@ class Pipeline:
         weights = as_weights(strength, len(images)) if self.redux else None
         start, strength = first_step(num_steps, begun, None if weights else strength)
         check_guidance(guidance, true_cfg, negative_prompt)
-        rows, columns = grid(height, width)
-        times = schedule(num_steps, rows * columns, shift=self.variant.time_shift)
+        times = schedule(num_steps, math.prod(grid(height, width)), shift=self.variant.time_shift)
         pixels = None if begun is None else as_pixels(begun, height, width)
-        if begun is None and control is None and self._kind in ("edges", "depth"):
-            seen = images[0].resize((width, height), Image.Resampling.LANCZOS)
-            control = edges(seen) if self._kind == "edges" else depth(seen)
-        shown = self._shown(images, mask, control, weights, height, width, tiled)
+        hole = None if mask is None else as_mask(mask, height, width)
+        shown = self._shown(images, hole, control, weights, height, width, tiled)
         inputs = self.prepare(prompts, seeds, height, width, guidance)
         away = [negative_prompt or ""] * len(prompts)
         negative = None if true_cfg == 1 else self.prepare(away, seeds, height, width, guidance)
         if pixels is not None:
             times, latent = times[start:], self._latent(pixels, tiled)
-            if mask is not None:
-                shown = shown.around(latent, as_mask(mask, height, width), inputs.img)
+            if hole is not None:
+                shown = shown.around(latent, hole, inputs.img)
             inputs.img = torch.lerp(pack(latent).to(inputs.img), inputs.img, times[0])
 
         steps: list[Step] = []
@@ -140,9 +138,8 @@ class Pipeline:
         tokens = denoise(self.model, inputs, times, negative, true_cfg, watch, progress, shown)
         pictures = self.decode(tokens, height, width, tiled)
         used: dict[str, Any] = {"steps": num_steps, "guidance": self._guidance(guidance), "true_cfg": true_cfg}
-        size = {"size": f"{width}x{height}", "variant": self.variant.name}
-        used |= {"speed": "; ".join(map(str, self.speedups)) or None}
-        used |= {"negative_prompt": negative_prompt, "strength": weights or strength} | size
+        used |= {"speed": "; ".join(map(str, self.speedups)) or None, "negative_prompt": negative_prompt}
+        used |= {"strength": weights or strength, "size": f"{width}x{height}", "variant": self.variant.name}
         for picture, text, number in zip(pictures, prompts, seeds, strict=True):
             picture.info.update(made_by({"prompt": text, "seed": number} | used))
         single = isinstance(prompt, str) and np.ndim(seed) == 0 and len(pictures) == 1
@@ -152,21 +149,25 @@ class Pipeline:
     def _shown(
         self,
         images: list[Image.Image],
-        mask: Image.Image | None,
+        hole: Tensor | None,
         control: Image.Image | None,
         weights: list[float] | None,
-        *size: Any,
+        height: int,
+        width: int,
+        tiled: bool,
     ) -> Shown:
-        height, width, tiled = size
+        """What is shown beside the noise; edges and depth are made of the picture, where they are not given."""
         if self.redux is not None and weights is not None:
             return Shown.pictures(self.redux(images, self.device, self.dtype), weights)
+        if control is None and self._kind in ("edges", "depth"):
+            seen = images[0].resize((width, height), Image.Resampling.LANCZOS)
+            control = edges(seen) if self._kind == "edges" else depth(seen)
         if control is not None:
             return Shown.control(self._latent(as_pixels(as_seen(control), height, width), tiled))
         if self._kind == "reference":
             nearest = preferred_size(images[0], self.variant.size)
             return Shown.reference(self._latent(as_pixels(images[0], *nearest), tiled))
-        if self._kind == "hole" and mask is not None:
-            hole = as_mask(mask, height, width)
+        if self._kind == "hole" and hole is not None:
             return Shown.hole(self._latent(as_pixels(images[0], height, width) * (1 - hole), tiled), hole)
         return Shown()
 
@@ -251,15 +252,16 @@ class Pipeline:
         return None
 
     def _size(self, height: int | None, width: int | None, image: Image.Image | None) -> tuple[int, int]:
-        sides = []
-        own = {"height": self.variant.size, "width": self.variant.size}
-        if image is not None:
-            own = {name: max(PIXELS, getattr(image, name) // PIXELS * PIXELS) for name in own}
+        """Height and width as given, or by default those of the picture that is shown or started from."""
+        usual = (self.variant.size, self.variant.size)
         if image is not None and self._kind == "reference":
-            own = dict(zip(own, preferred_size(image, self.variant.size), strict=True))
-        for (name, usual), side in zip(own.items(), (height, width), strict=True):
-            sides.append(whole(name, usual if side is None else side))
-            if sides[-1] % PIXELS:
+            usual = preferred_size(image, self.variant.size)
+        elif image is not None:
+            usual = max(PIXELS, image.height // PIXELS * PIXELS), max(PIXELS, image.width // PIXELS * PIXELS)
+        height = whole("height", usual[0] if height is None else height)
+        width = whole("width", usual[1] if width is None else width)
+        for name, side in (("height", height), ("width", width)):
+            if side % PIXELS:
                 said = f"{name} is {side}; it must be a multiple of {PIXELS}, one token is {PIXELS}x{PIXELS} pixels"
-                raise ValueError(f"{said}: try {max(PIXELS, round(sides[-1] / PIXELS) * PIXELS)}")
-        return sides[0], sides[1]
+                raise ValueError(f"{said}: try {max(PIXELS, round(side / PIXELS) * PIXELS)}")
+        return height, width

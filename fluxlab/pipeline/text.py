@@ -60,8 +60,8 @@ class TextEncoders:
             WeightsError: the weights are not whole, or not those of such an encoder; or no tokenizer can be read.
         """
         words = tokenizer("t5", t5_tokenizer or t5), tokenizer("clip", clip_tokenizer or clip)
-        models = (load_weights(empty_encoder(k, p), p, device, dtype) for k, p in (("t5", t5), ("clip", clip)))
-        return cls(next(models), words[0], t5_length, next(models), words[1], clip_length, device)
+        models = [load_weights(empty_encoder(k, p), p, device, dtype) for k, p in (("t5", t5), ("clip", clip))]
+        return cls(models[0], words[0], t5_length, models[1], words[1], clip_length, device)
 
     def tokenize(self, prompts: str | Sequence[str]) -> tuple[Int[Tensor, "batch text"], Int[Tensor, "batch clip"]]:
         """Token ids for T5 and for CLIP, padded to their lengths; a longer prompt is cut, with a warning.

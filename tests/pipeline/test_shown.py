@@ -220,6 +220,12 @@ def test_a_picture_that_is_missing_or_of_no_use_is_said(members, name, given, me
         members[name][0](PROMPT, **given, **OPTIONS)
 
 
+def test_a_mask_of_nothing_is_refused_before_the_text_is_read(tiny, monkeypatch):
+    monkeypatch.setattr(type(tiny.text), "encode", lambda *_: pytest.fail("the prompt was encoded"))
+    with pytest.raises(ValueError, match="mask is black everywhere"):
+        tiny(PROMPT, image=drawn(), mask=Image.new("L", (9, 9)), strength=0.5, **OPTIONS)
+
+
 def test_pictures_that_flux_tiny_is_not_shown_are_refused(tiny, tmp_path):
     drawn().save(tmp_path / "x.png")
     for option in ("control", "mask"):

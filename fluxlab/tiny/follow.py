@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fluxlab.config import VARIANTS
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.control import edges
@@ -29,11 +28,9 @@ from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.loop import fit
 from fluxlab.tiny.measure import judge
 from fluxlab.tiny.pictures import USUAL, Examples, Pictures, draw, encode, pixels_of, to_float
-from fluxlab.tiny.recipe import Recipe
+from fluxlab.tiny.recipe import DEV, Recipe
 from fluxlab.tiny.train_flow import noisy
 from fluxlab.weights.load import load_weights
-
-DEV, CONTROL = VARIANTS["flux-tiny-dev"], 64  # channels more
 
 
 class Adapter(nn.Module):
@@ -97,8 +94,9 @@ def train_canny(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextE
     with torch.device("meta"):
         model = Flux(DEV.transformer)
     load_weights(model, dev, dtype=torch.float32)
-    model.img_in.weight = nn.Parameter(F.pad(model.img_in.weight, (0, CONTROL)), requires_grad=False)
-    wide = Flux(replace(DEV.transformer, in_channels=64 + CONTROL))  # for its sizes
+    channels = DEV.transformer.in_channels
+    model.img_in.weight = nn.Parameter(F.pad(model.img_in.weight, (0, channels)), requires_grad=False)
+    wide = Flux(replace(DEV.transformer, in_channels=2 * channels))  # for its sizes
     adapter, pictures = Adapter(model, recipe.canny_rank), EdgedPictures(run, recipe)
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -124,14 +122,8 @@ def measure_canny(pipe: Pipeline, number: int = 128, **options: Any) -> list[dic
         prompt = picture.scene.caption()
         painted: Any = pipe(prompt, control=control, seed=seed, progress=False, **options)
         pixels = np.asarray(painted)
-        right = judge(pixels, picture.scene)
-        rows.append(
-            {
-                "overlap": _overlap(pixels, picture.masks.max(axis=0) > 0.5),
-                "colour": right["colour"],
-                "all": right["all"],
-            }
-        )
+        overlap, right = _overlap(pixels, picture.masks.max(axis=0) > 0.5), judge(pixels, picture.scene)
+        rows.append({"overlap": overlap, "colour": right["colour"], "all": right["all"]})
     return [{"number": number, **options} | {k: round(float(np.mean([r[k] for r in rows])), 4) for k in rows[0]}]
 
 

@@ -40,9 +40,9 @@ def fit(
     path, record = run / f"{stage}.state.safetensors", run / f"{stage}.jsonl"
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     parameters: list[Tensor] = list(named.values())
-    muon = ("attention", "MLP", "attention and MLP")
-    matrices = [p for name, p in named.items() if p.ndim == 2 and serves(name) in muon]
-    others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
+    inner = [n for n, p in named.items() if p.ndim == 2 and serves(n) in ("attention", "MLP", "attention and MLP")]
+    matrices = [named[name] for name in inner]
+    others = [p for name, p in named.items() if name not in inner]
     optimizers: list[Optimizer] = [AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
     if matrices:
         optimizers.append(Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))

@@ -1,6 +1,7 @@
 """How long each stage of flux-tiny's training is, and with what settings. Opened in chapter 16."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from fluxlab.config import VARIANTS
 
@@ -52,26 +53,17 @@ class Recipe:
     compile: bool = True
 
 
-SMOKE = Recipe(
+_TWO_STEPS: dict[str, Any] = {field.name: 2 for field in fields(Recipe) if field.name.endswith("_steps")}
+SMOKE = Recipe(  # to see that every stage works
+    **_TWO_STEPS,
     crops=8,
-    autoencoder_steps=2,
     autoencoder_batch=2,
     pictures=16,
-    text_steps=2,
     captions=5,
-    flow_steps=2,
-    guidance_steps=2,
     pairs=4,
-    reflow_steps=2,
     canny_pictures=16,
-    canny_steps=2,
     edits=16,
-    edit_text_steps=2,
-    edit_steps=2,
-    edit_guidance_steps=2,
     fill_pictures=4,
-    fill_steps=2,
-    fill_guidance_steps=2,
     previewed=2,
     measured=1,
     judged=2,

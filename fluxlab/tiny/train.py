@@ -81,10 +81,8 @@ def train(run: Path, recipe: Recipe | None = None, output: Path | None = None, e
     if output is not None:
         pipes = [Pipeline(DEV, dev, autoencoder, text), Pipeline(SCHNELL, schnell, autoencoder, text)]
         publish(run, output, pipes, learned)
-        if not (measures := run / "measures.json").exists():
-            rows = [row for pipe in pipes for row in measure_all(pipe, recipe.measured)]
-            write_text(json.dumps(rows, indent=1) + "\n", measures)
-        (output / "training/measures.json").write_bytes(measures.read_bytes())
+        number = recipe.measured
+        _write_measures(run, output, "", lambda: [row for pipe in pipes for row in measure_all(pipe, number)])
 
 
 def begin_anew(run: Path, recipe: Recipe) -> tuple[AutoEncoder, TextEncoders]:
@@ -137,7 +135,8 @@ def train_member(
         raise ValueError(f"member is {member!r}; there are {', '.join(MEMBERS)} and canny")
     with importing():
         import scipy  # noqa: F401
-    run, earlier = run.expanduser(), (earlier or data_folder() / "flux-tiny").expanduser()
+    run, output = run.expanduser(), output and output.expanduser()
+    earlier = (earlier or data_folder() / "flux-tiny").expanduser()
     recipe, began = recipe or Recipe(), _fingerprint(earlier)
     run.mkdir(parents=True, exist_ok=True)
     _same_recipe(run / "recipe.json", asdict(recipe) | {"earlier": began, "member": member})
@@ -146,30 +145,27 @@ def train_member(
         dev = earlier / Path(DEV.transformer_file).name
         tensors = train_canny(run, recipe, autoencoder, known, dev).tensors()
         if output is not None:
-            output = output.expanduser()
             _write_record(run, output / "training", (), rows=0, prefix="canny-")
             write_tensors(tensors, lora := output / "flux-tiny-canny-dev-lora.safetensors")
-            model = load_weights(Flux(DEV.transformer), dev, dtype=torch.float32)
-            pipe = Pipeline(DEV, model, autoencoder, known)
+            pipe = Pipeline(DEV, load_weights(Flux(DEV.transformer), dev, dtype=torch.float32), autoencoder, known)
             pipe.add_lora({lora: 1.0})
-            _write_measures(run, output, member, lambda: measure_canny(pipe, recipe.judged))
+            _write_measures(run, output, "canny-", lambda: measure_canny(pipe, recipe.judged))
         return
     chosen, train_it, measure_it = MEMBERS[member]
     model, text = train_it(run, recipe, autoencoder, known, earlier / TEACHER)
     if output is not None:
-        output = output.expanduser()
         pipe = Pipeline(chosen, model, autoencoder, text)
         _write_rounded(model, output / Path(chosen.transformer_file).name)
         if text is not known:
             _write_encoders(text, output / member)
         _write_record(run, output / "training", (member, f"{member}-guidance"), rows=4, prefix=f"{member}-")
-        _write_measures(run, output, member, lambda: measure_it(pipe, recipe.judged))
+        _write_measures(run, output, f"{member}-", lambda: measure_it(pipe, recipe.judged))
 
 
-def _write_measures(run: Path, output: Path, member: str, measure: Callable[[], list[dict[str, Any]]]) -> None:
+def _write_measures(run: Path, output: Path, prefix: str, measure: Callable[[], list[dict[str, Any]]]) -> None:
     if not (measures := run / "measures.json").exists():
         write_text(json.dumps(measure(), indent=1) + "\n", measures)
-    (output / f"training/{member}-measures.json").write_bytes(measures.read_bytes())
+    (output / f"training/{prefix}measures.json").write_bytes(measures.read_bytes())
 
 
 def publish(run: Path, output: Path, pipes: list[Pipeline], teacher: Flux) -> None:

@@ -16,8 +16,8 @@ from fluxlab.glossary import serves
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.blocks import layer_norm
 from fluxlab.model.transformer import Flux
-from fluxlab.pipeline.inputs import FluxInputs
-from fluxlab.pipeline.latents import COMPRESSION, PIXELS, image_ids, pack, text_ids
+from fluxlab.pipeline.inputs import FluxInputs, first_inputs
+from fluxlab.pipeline.latents import COMPRESSION, PIXELS, pack, text_ids
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.loop import fit
@@ -141,16 +141,8 @@ def compiled(recipe: Recipe, module: Flux) -> Callable[..., Tensor]:
 
 def flow_inputs(start: Tensor, txt: Tensor, y: Tensor, guidance: float | None = None) -> FluxInputs:
     """What the loop starts from: noise of ``N 16 h w``, and the encoded prompts."""
-    number, _, rows, columns = start.shape
-    return FluxInputs(
-        img=pack(start),
-        img_ids=image_ids(number, COMPRESSION * rows, COMPRESSION * columns),
-        txt=txt,
-        txt_ids=text_ids(number, txt.shape[1]),
-        timesteps=torch.ones(number),
-        y=y,
-        guidance=None if guidance is None else torch.full((number,), guidance),
-    )
+    height, width = (COMPRESSION * side for side in start.shape[2:])
+    return first_inputs(pack(start), txt, y, height, width, guidance)
 
 
 def sample_grid(pipe: Pipeline, number: int, path: Path, **options: Any) -> None:

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fluxlab.pipeline.text import TextEncoders
+from fluxlab.pipeline.text import TextEncoders, tokenizer
 from fluxlab.tiny.loop import fit
 from fluxlab.tiny.recipe import DEV, Recipe
 from fluxlab.tiny.truth import NUMBER, SLOTS, answer_loss, of_slots
@@ -96,10 +96,9 @@ def _train_clip(corpus: list[str], folder: Path) -> None:
 
 def new_text_encoders(run: Path) -> TextEncoders:
     """Small encoders with random weights, and the tokenizers in ``run``."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    t5_tokenizer = T5Tokenizer.from_pretrained(str(run / "t5"))
-    clip_tokenizer = CLIPTokenizer.from_pretrained(str(run / "clip"))
+    t5_tokenizer, clip_tokenizer = (tokenizer(kind, run / kind) for kind in ("t5", "clip"))
     t5 = T5Config(
         vocab_size=len(t5_tokenizer),
         d_model=DEV.transformer.context_in_dim,

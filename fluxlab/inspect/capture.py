@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from fluxlab.inspect.attention import Range, attention_weights, tokens_of
 from fluxlab.inspect.names import Names, choose, unwrapped
 from fluxlab.inspect.tape import Tape
-from fluxlab.model.observe import observers
+from fluxlab.model.observe import Observer, observers
 
 Change = Callable[[Tensor], Tensor]
 
@@ -106,13 +106,7 @@ def capture(
             put(name, attention_weights(q, k, picked, rows, columns, mean_heads))
         return attended
 
-    def started() -> None:
-        tape.forwards += 1
-
-    def text_is(tokens: int) -> None:
-        tape.text_tokens = tokens
-
-    with _watching(model, names, take, attend, started, text_is):
+    with _watching(model, names, take, attend, tape):
         yield tape
     if late := [index for index in forwards or () if index >= tape.forwards]:
         raise ValueError(f"forwards has {late[0]}, counted from 0, and the model ran {tape.forwards} times")
@@ -153,7 +147,7 @@ def patch(model: nn.Module, name: Names, change: Change) -> Iterator[None]:
         weights = attention_weights(q, k, range(q.shape[1]), slice(None), slice(None)).to(v.dtype)
         return rearrange(apply(name, weights) @ v, "b h l d -> b l (h d)")
 
-    with _watching(model, name, apply, attend) as chosen:
+    with _watching(model, name, apply, attend, Tape()) as chosen:
         if "clean" in chosen:
             raise ValueError("'clean' is worked out from the velocity and does not go on; change 'velocity' instead")
         yield
@@ -168,15 +162,10 @@ Attend = Callable[[str, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @contextmanager
-def _watching(
-    model: nn.Module,
-    names: Names,
-    take: Take,
-    attend: Attend,
-    started: Callable[[], None] = lambda: None,
-    text_is: Callable[[int], None] = lambda tokens: None,
-) -> Iterator[list[str]]:
+def _watching(model: nn.Module, names: Names, take: Take, attend: Attend, tape: Tape) -> Iterator[list[str]]:
     """Each named tensor passes ``take``, and q, k, v and the output of named attention pass ``attend``.
+
+    The tape is told how often the model runs, and how many tokens are text.
 
     Nothing is put on the model: PyTorch's hooks for all modules, and the observers of this thread, ask which module it
     is. So copies are not watched, other threads neither, and nothing can stay behind.
@@ -193,17 +182,15 @@ def _watching(
         if name not in modules:
             owner = max((path for path in modules if not path or name.startswith(f"{path}.")), key=len)
             points[modules[owner], name[len(owner) :].lstrip(".")] = name
-    thread, seen, runs = get_ident(), set[str](), 0
+    thread, seen = get_ident(), set[str]()
 
     def taken(name: str, *tensors: Tensor) -> Tensor:
         seen.add(name)
         return take(name, *tensors) if len(tensors) == 1 else attend(name, *tensors)
 
     def before(module: nn.Module, args: Any) -> None:
-        nonlocal runs
         if module is model and get_ident() == thread:
-            runs += 1
-            started()
+            tape.forwards += 1
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
         if module not in outputs or get_ident() != thread:
@@ -213,25 +200,26 @@ def _watching(
 
     before_handle = register_module_forward_pre_hook(before)
     after_handle = register_module_forward_hook(after)
-    observer = _observer(points, taken, text_is)
+    observer = _observer(points, taken, tape)
     observers.set((*observers.get(), observer))
     try:
         with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="Using `torch.compile"
-            )  # hooks fire twice: ours ask whose call it is
+            # it warns that hooks fire twice: ours ask whose call it is
+            warnings.filterwarnings("ignore", message="Using `torch.compile")
             yield chosen
     finally:
         observers.set(tuple(each for each in observers.get() if each is not observer))
         before_handle.remove()
         after_handle.remove()
-    if not runs:
+    if not tape.forwards:
         raise ValueError(
             f"the {type(model).__name__} that was given did not run inside the with block, so there is nothing to see "
             f"or to change; run that very module there, in this thread, not a copy or an exported form of it"
         )
     if unmade := [group for group, those in groups.items() if not seen.intersection(those)]:
-        raise ValueError(f"{unmade[0]!r} was made by none of the {runs} forwards, so it was neither seen nor changed")
+        raise ValueError(
+            f"{unmade[0]!r} was made by none of the {tape.forwards} forwards, so it was neither seen nor changed"
+        )
 
 
 def _each(name: str, output: Any, take: Take) -> Any:
@@ -243,14 +231,13 @@ def _each(name: str, output: Any, take: Take) -> Any:
     raise ValueError(f"{name} gives a {type(output).__name__}, not a tensor; name one of its parts")
 
 
-def _observer(
-    points: dict[tuple[nn.Module, str], str], take: Callable[..., Tensor], text_is: Callable[[int], None]
-) -> Callable[[nn.Module, str, Tensor], Tensor]:
+def _observer(points: dict[tuple[nn.Module, str], str], take: Callable[..., Tensor], tape: Tape) -> Observer:
+    """What ``see`` asks of each of its tensors: some are only remembered, until what is made of them is there."""
     parts: dict[tuple[nn.Module, str], Tensor] = {}
 
     def see(module: nn.Module, point: str, tensor: Tensor) -> Tensor:
         if point == "txt.input":
-            text_is(tensor.shape[1])
+            tape.text_tokens = tensor.shape[1]
         if name := points.get((module, point)):
             tensor = take(name, tensor)
         if (module, "clean") in points:

@@ -195,8 +195,10 @@ def _draw(title: str, table: str, tall: int = 60, lit: Sequence[str] = ()) -> Di
             drawn += [f' fill="{fill}" stroke="{edge}" stroke-width="{thick}"/>']
             lines = f"{name}/{note}".strip("/").split("/")
             first = (top + box.bottom) / 2 + (14 if chapters else 6) - 11 * len(lines)
-            drawn += [_words((left + right) / 2, first + 11 + 22 * i, each, bold=not i) for i, each in enumerate(lines)]
-            drawn += [_words(right - 8 - 26 * i, top + 19, each, "end") for i, each in enumerate(reversed(chapters))]
+            for i, each in enumerate(lines):
+                drawn += [words((left + right) / 2, first + 11 + 22 * i, each, 16 if i else 18, not i, "middle")]
+            for i, each in enumerate(reversed(chapters)):
+                drawn += [words(right - 8 - 26 * i, top + 19, each, anchor="end")]
         else:
             for chain in line.split("; "):
                 keys, at, label = re.fullmatch(r"(.+?)(?: (\d+) ?(.*))?", chain).groups("")  # type: ignore[union-attr]
@@ -217,9 +219,11 @@ def _draw(title: str, table: str, tall: int = 60, lit: Sequence[str] = ()) -> Di
     )
 
 
-def _words(x: float, y: float, text: str, anchor: str = "middle", bold: bool = False) -> str:
-    style = f'font-size="18" font-weight="bold" fill="{_INK}"' if bold else f'font-size="16" fill="{_QUIET}"'
-    return f'<text x="{x:g}" y="{y:g}" {style} text-anchor="{anchor}">{escape(text)}</text>' if text else ""
+def words(x: float, y: float, text: str, size: int = 16, bold: bool = False, anchor: str = "") -> str:
+    """A line of text; ``anchor`` is the end or the middle of it that stands at ``x``, by default its start."""
+    look = f'font-weight="bold" fill="{_INK}"' if bold else f'fill="{_QUIET}"'
+    look += f' text-anchor="{anchor}"' if anchor else ""
+    return f'<text x="{x:g}" y="{y:g}" font-size="{size}" {look}>{escape(text)}</text>' if text else ""
 
 
 def _arrow(a: _Box, b: _Box, at: int, label: str) -> str:
@@ -237,4 +241,4 @@ def _arrow(a: _Box, b: _Box, at: int, label: str) -> str:
     colour, dashed = _GREEN if a.look == "S" else _LINE, ' stroke-dasharray="6 5"' if at and b.top < a.top else ""
     d, (x, y) = "M" + " L".join(f"{x:g} {y:g}" for x, y in points), points[0]
     line = f'<path d="{d}" fill="none" stroke="{colour}" stroke-width="2"{dashed} marker-end="url(#tip{colour[1:]})"/>'
-    return line + (_words(x + 8, y - 7, label, "start") if at > x else _words(x - 8, y - 7, label, "end"))
+    return line + words(x + (8 if at > x else -8), y - 7, label, anchor="start" if at > x else "end")

@@ -5,10 +5,8 @@ from collections.abc import Iterator
 from html import escape
 
 from fluxlab.config import variant
-from fluxlab.inspect.diagram import Diagram, block_diagram, model_map
+from fluxlab.inspect.diagram import Diagram, block_diagram, model_map, words
 from fluxlab.inspect.tables import flops, parameter_table
-
-_INK, _QUIET = "#1f2933", "#47525d"
 
 
 def cheat_sheet(name: str = "flux-dev") -> Diagram:
@@ -19,18 +17,18 @@ def cheat_sheet(name: str = "flux-dev") -> Diagram:
     """
     columns = [("The whole", model_map(name)), ("Double-stream block", block_diagram("double", name))]
     columns += [("Single-stream block", block_diagram("single", name))]
-    drawn, tallest = [_line(40, 58, f"{name}: the whole model", 34, bold=True)], 0
+    drawn, tallest = [words(40, 58, f"{name}: the whole model", 34, bold=True)], 0
     for i, (title, diagram) in enumerate(columns):
         [width, height] = map(int, re.findall(r'viewBox="0 0 (\d+) (\d+)"', diagram.svg)[0])
         inner = re.sub(
             r"^<svg[^>]*>", f'<svg x="{40 + 650 * i}" y="130" width="{width}" height="{height}">', diagram.svg
         )
-        drawn += [_line(54 + 650 * i, 112, title, 24, bold=True), inner]
+        drawn += [words(54 + 650 * i, 112, title, 24, bold=True), inner]
         tallest = max(tallest, height)
     y = 112
-    for title, lines in _words(name):
-        drawn += [_line(2010, y, title, 24, bold=True)]
-        drawn += [_line(2010, y + 36 + 28 * i, line, 19) for i, line in enumerate(lines)]
+    for title, lines in _told(name):
+        drawn += [words(2010, y, title, 24, bold=True)]
+        drawn += [words(2010, y + 36 + 28 * i, line, 19) for i, line in enumerate(lines)]
         y += 36 + 28 * len(lines) + 30
     height = max(130 + tallest, y) + 30
     return Diagram(
@@ -40,7 +38,7 @@ def cheat_sheet(name: str = "flux-dev") -> Diagram:
     )
 
 
-def _words(name: str) -> Iterator[tuple[str, list[str]]]:
+def _told(name: str) -> Iterator[tuple[str, list[str]]]:
     """What stands beside the drawings."""
     chosen = variant(name)
     c, vae = chosen.transformer, chosen.autoencoder
@@ -88,8 +86,3 @@ def _words(name: str) -> Iterator[tuple[str, list[str]]]:
 
 def _few(number: float) -> str:
     return f"{number:,.0f}" if number > 100 else f"{number:.3f}"
-
-
-def _line(x: float, y: float, text: str, size: int, bold: bool = False) -> str:
-    look = f'font-weight="bold" fill="{_INK}"' if bold else f'fill="{_QUIET}"'
-    return f'<text x="{x:g}" y="{y:g}" font-size="{size}" {look}>{escape(text)}</text>'

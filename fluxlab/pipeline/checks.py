@@ -55,7 +55,7 @@ _NEEDED = {"hole": ("image", "mask"), "reference": ("image",), "pictures": ("ima
 
 def starts_from(kind: str, given: Mapping[str, object]) -> bool:
     """Whether ``image`` is what the loop starts from; else it is shown."""
-    shown = kind in _NEEDED.keys() - {"nothing"} or (kind in _MADE and given["control"] is None)
+    shown = "image" in _NEEDED.get(kind, ()) or (kind in _MADE and given["control"] is None)
     return given["image"] is not None and not shown
 
 

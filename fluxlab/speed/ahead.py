@@ -14,7 +14,7 @@ from fluxlab.model.modulation import Modulation, ModulationOut
 from fluxlab.model.observe import observers
 from fluxlab.pipeline.inputs import FluxInputs
 from fluxlab.pipeline.pipeline import Pipeline
-from fluxlab.speed.handle import Handle
+from fluxlab.speed.handle import Handle, same
 from fluxlab.weights.load import weights_of
 from fluxlab.weights.stream import stream
 
@@ -76,13 +76,7 @@ class _Loop:
 
     def fits(self, **given: Tensor | None) -> bool:
         """Whether a forward is of this loop."""
-        for name, tensor in given.items():
-            own = getattr(self.inputs, name)
-            if own is tensor:
-                continue
-            if own is None or tensor is None or own.shape != tensor.shape or not torch.equal(own, tensor):
-                return False
-        return True
+        return all(same(getattr(self.inputs, name), tensor) for name, tensor in given.items())
 
 
 def _linear(layer: Any) -> nn.Linear:

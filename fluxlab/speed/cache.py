@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fluxlab.pipeline.pipeline import Pipeline
-from fluxlab.speed.handle import Handle
+from fluxlab.speed.handle import Handle, same
 
 
 @dataclass
@@ -68,7 +68,7 @@ def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
         nonlocal now, skipping
         given |= dict(zip(("img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance"), args, strict=False))
         y, t = given["y"], float(given["timesteps"].max())
-        now = next((each for each in kept if each.y is y or (each.y.shape == y.shape and torch.equal(each.y, y))), None)
+        now = next((each for each in kept if same(each.y, y)), None)
         if now is None or t >= now.t or now.first is None or now.first.shape[1] != given["img"].shape[1]:
             kept[:] = [each for each in kept if each is not now and each.t >= t]
             if not kept:  # another loop begins

@@ -5,7 +5,8 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fluxlab.pipeline.pipeline import Pipeline
 
@@ -14,6 +15,11 @@ _APART = (  # what does not go together
     *({"shard", other} for other in ("quantize", "compile", "compile whole")),
     *({"compile whole", other} for other in ("compile", "cache_steps")),
 )
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two forwards are given the same."""
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 class Handle:

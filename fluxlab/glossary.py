@@ -5,7 +5,6 @@ tables of chapter 12 and flux-tiny's training ask here what a weight is for.
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
@@ -230,23 +229,27 @@ def _parts(layer: Entry) -> list[Entry]:
     return [weight, replace(bias, axes=layer.axes.partition(" ")[0], meaning=meaning)]
 
 
-def _seconds(found: Iterable[Entry]) -> list[Entry]:
-    """The table of FLUX.2."""
-    seconds: list[Entry] = []
-    for entry in found:
-        if entry.name == "y" or entry.name.startswith("vector_in") or entry.name.endswith(".bias"):
-            continue
-        name, axes, meaning = entry.name, entry.axes, entry.meaning
-        for pattern, shared in _SECOND.items():
-            name = re.sub(pattern, shared, name)
-        if re.search(r"mlp\.0|linear1", name):
-            axes = " ".join(_SECOND_AXES.get(axis, axis) for axis in axes.split())
-        for words, others in _SECOND_WORDS.items():
-            meaning = meaning.replace(words, others)
-        seconds.append(replace(entry, name=name, axes=axes, meaning=meaning, chapter="18"))
-    in_blocks = [entry.kind if "{i}" in entry.name else "" for entry in seconds]
-    places = [in_blocks.index(e.kind) - 0.5 if "stream_modulation" in e.name else i for i, e in enumerate(seconds)]
-    return [entry for _, entry in sorted(zip(places, seconds, strict=True), key=lambda pair: pair[0])]
+def _seconds() -> list[Entry]:
+    """The table of FLUX.2; what all blocks share comes before them."""
+    kept = (e for e in entries() if not re.match(r"y$|vector_in|.*\.bias$", e.name))
+    groups = groupby(kept, _in_blocks)
+    return [entry for _, group in groups for entry in sorted(map(_second, group), key=_in_blocks)]
+
+
+def _in_blocks(entry: Entry) -> bool:
+    return "{i}" in entry.name
+
+
+def _second(entry: Entry) -> Entry:
+    """An entry as it is in FLUX.2."""
+    name, axes, meaning = entry.name, entry.axes, entry.meaning
+    for pattern, shared in _SECOND.items():
+        name = re.sub(pattern, shared, name)
+    if re.search(r"mlp\.0|linear1", name):
+        axes = " ".join(_SECOND_AXES.get(axis, axis) for axis in axes.split())
+    for words, others in _SECOND_WORDS.items():
+        meaning = meaning.replace(words, others)
+    return replace(entry, name=name, axes=axes, meaning=meaning, chapter="18")
 
 
 def expand(entry: Entry, config: Config) -> list[Entry]:
@@ -255,7 +258,7 @@ def expand(entry: Entry, config: Config) -> list[Entry]:
         return []
     if entry.name.endswith("qkv.bias") and isinstance(config, FluxConfig) and not config.qkv_bias:
         return []
-    if "{i}" not in entry.name:
+    if not _in_blocks(entry):
         return [entry]
     blocks = config.depth if entry.name.startswith("double") else config.depth_single_blocks
     return [replace(entry, name=entry.name.replace("{i}", str(i))) for i in range(blocks)]
@@ -263,7 +266,7 @@ def expand(entry: Entry, config: Config) -> list[Entry]:
 
 def table_of(config: Config) -> list[Entry]:
     """The table for a model of this config: FLUX.1's or FLUX.2's."""
-    return _seconds(entries()) if isinstance(config, Flux2Config) else list(entries())
+    return _seconds() if isinstance(config, Flux2Config) else list(entries())
 
 
 def named(config: Config, *kinds: Kind) -> dict[str, Entry]:

@@ -124,8 +124,8 @@ def _check(files: Files, variant: Variant) -> None:
         if not ((folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in names)):
             said = f"has neither tokenizer.json nor {' and '.join(names)}"
             raise WeightsError(f"{folder}: {said}; fetch the tokenizer's files again")
-    wide = variant.transformer.context_in_dim, variant.transformer.vec_in_dim
-    for folder, key, width in zip((files.t5, files.clip), ("d_model", "hidden_size"), wide, strict=True):
+    c = variant.transformer
+    for folder, key, width in ((files.t5, "d_model", c.context_in_dim), (files.clip, "hidden_size", c.vec_in_dim)):
         told: dict[str, Any] = read_json(folder / "config.json") if folder.is_dir() else {key: width}
         if (found := told.get("text_config", told).get(key)) != width:  # CLIP's may tell of both its towers
             said = f"{key} is {found} in its config.json, and {variant.name} takes {width}"

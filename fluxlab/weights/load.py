@@ -133,9 +133,8 @@ def _encoder(part: Part, wanted: Shapes) -> Tensors:
             from gguf import MODEL_ARCH, get_tensor_name_map
 
         table = get_tensor_name_map(MODEL_ARCH.T5ENCODER, len(wanted))
-        known = {name: table.get_name(name, (".weight",)) for name in wanted}
-        names = {name: theirs for name, theirs in known.items() if theirs in names}
-        names |= {name: name for name in part.tensors if name not in names.values()}
+        known = {table.get_name(name, (".weight",)): name for name in wanted}
+        names = {known.get(theirs, theirs): theirs for theirs in names}
     one, other = "shared.weight", "encoder.embed_tokens.weight"
     for name, same in ((one, other), (other, one)):
         if name in wanted and same in names:

@@ -107,6 +107,7 @@ def test_explain_and_summary_print_what_the_library_says():
             ],
         ),
         ("export", ["Write ONNX graphs", "[default: make all of exported/]"]),
+        ("which", ["Say what a file is"]),
         ("convert", ["Convert weights between", "[default: as it is]"]),
         ("train-tiny", ["Train flux-tiny:"]),
         ("explain", ["Say what a name stands for"]),

@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import netron
@@ -29,14 +30,23 @@ def browser(tmp_path_factory):
     opened.close()
 
 
-@pytest.mark.parametrize("file", GRAPHS)
-def test_the_graph_opens_and_a_function_opens_inside_it(browser, tmp_path, file):
+@contextmanager
+def shown(browser, file):
+    """A graph of exported/, open in Netron."""
     host, port = netron.start(str(data_folder().parent / "exported" / file), browse=False)
     try:
         url = f"http://{host}:{port}"
         browser.command("Network.setCookie", name="consent", value="1", url=url)  # else a notice covers the page
         browser.command("Page.navigate", url=url)
         wait_for(lambda: browser.value("document.body.className") == "default")
+        yield
+    finally:
+        netron.stop((host, port))
+
+
+@pytest.mark.parametrize("file", GRAPHS)
+def test_the_graph_opens_and_a_function_opens_inside_it(browser, tmp_path, file):
+    with shown(browser, file):
         assert browser.value("document.querySelectorAll('.node').length") > 1
         assert "Error" not in browser.value("document.title")
         wait_for(lambda: drawn(browser))
@@ -50,40 +60,31 @@ def test_the_graph_opens_and_a_function_opens_inside_it(browser, tmp_path, file)
 
         opens(browser, "LayerNorm" if "block" in file else "")
         browser.screenshot().save(tmp_path / "inside.png")
-    finally:
-        netron.stop((host, port))
 
 
 @pytest.mark.parametrize("kind", ["double", "single"])
 def test_a_block_and_its_attention_open(browser, kind):
     """Two functions deep; what is seen there stands in chapter 13."""
-    host, port = netron.start(str(data_folder().parent / f"exported/flux-dev-{kind}-block.onnx"), browse=False)
-    try:
-        url = f"http://{host}:{port}"
-        browser.command("Network.setCookie", name="consent", value="1", url=url)
-        browser.command("Page.navigate", url=url)
-        wait_for(lambda: browser.value("document.body.className") == "default")
+    with shown(browser, f"flux-dev-{kind}-block.onnx"):
         wait_for(lambda: drawn(browser))
         opens(browser, f"{kind.capitalize()}StreamBlock")
         keep(browser, f"flux-dev-{kind}-block")
         opens(browser, "Attention")
-        shown = browser.value("document.body.textContent")
-        assert all(name in shown for name in ("RoPE", "Transpose", "Reshape", "B×24×T+I×128"))
+        text = browser.value("document.body.textContent")
+        assert all(name in text for name in ("RoPE", "Transpose", "Reshape", "B×24×T+I×128"))
         keep(browser, "attention")
-    finally:
-        netron.stop((host, port))
 
 
 def opens(browser, name):
     """Open the function that a node of this name calls, or the first there is."""
-    shown = browser.value("document.body.textContent")
+    before = browser.value("document.body.textContent")
     browser.value(
         "(() => { const nodes = Array.from(document.querySelectorAll('.node'));"
         "const opens = node => Array.from(node.querySelectorAll('text')).find(text => text.textContent.trim() === 'ƒ');"
         f"const node = nodes.find(node => opens(node) && node.textContent.includes({name!r})) || nodes.find(opens);"
         "opens(node).parentNode.dispatchEvent(new MouseEvent('click', {bubbles: true})) })()"
     )
-    wait_for(lambda: browser.value("document.body.textContent") != shown)
+    wait_for(lambda: browser.value("document.body.textContent") != before)
     wait_for(lambda: browser.value("document.querySelectorAll('.node').length") > 1 and drawn(browser))
 
 
@@ -101,9 +102,9 @@ def keep(browser, name, most=1100):
         size = {"width": max(1400, int(width) + 200), "height": int(min(most, height)) + 200}
         browser.command("Emulation.setDeviceMetricsOverride", **size, deviceScaleFactor=1, mobile=False)
         time.sleep(1)
-        shown = browser.screenshot().convert("RGB")
-        shown = shown.crop((40, 40, shown.width - 20, shown.height - 60))  # without menus and the bar at the side
-        left, top, right, bottom = ImageChops.invert(shown).convert("L").point(lambda v: 255 * (v > 40)).getbbox()
-        around = (max(0, left - 20), max(0, top - 20), min(shown.width, right + 20), min(shown.height, bottom + 20))
-        shown.crop(around).save(Path(folder) / f"{name}-netron.png", optimize=True)
+        page = browser.screenshot().convert("RGB")
+        page = page.crop((40, 40, page.width - 20, page.height - 60))  # without menus and the bar at the side
+        left, top, right, bottom = ImageChops.invert(page).convert("L").point(lambda v: 255 * (v > 40)).getbbox()
+        around = (max(0, left - 20), max(0, top - 20), min(page.width, right + 20), min(page.height, bottom + 20))
+        page.crop(around).save(Path(folder) / f"{name}-netron.png", optimize=True)
         browser.command("Emulation.clearDeviceMetricsOverride")

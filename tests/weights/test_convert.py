@@ -62,7 +62,6 @@ def test_shards_written_by_diffusers_are_read(tmp_path):
     )
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     convert_part(tmp_path / "shards", tmp_path / "again.safetensors", config, "official")
-    assert (tmp_path / "again.safetensors").stat().st_size > 0
     again = Checkpoint(tmp_path / "again.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in module.state_dict().items())
 

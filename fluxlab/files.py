@@ -214,7 +214,8 @@ def stream_tensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, entry), (given, tensor) in zip(entries.items(), tensors, strict=True):
             if (given, tensor.shape, tensor.dtype) != (name, entry.shape, entry.dtype):
-                raise WeightsError(f"{given} comes as {tensor.dtype} {list(tensor.shape)}, where {name} was to come")
+                wanted = f"{name} of {entry.dtype} {list(entry.shape)}"
+                raise WeightsError(f"{given} of {tensor.dtype} {list(tensor.shape)} came, where {wanted} was expected")
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 

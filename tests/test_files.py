@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
 import fluxlab as fl
-from fluxlab.files import Checkpoint, write_tensors
+from fluxlab.files import Checkpoint, stream_tensors, write_tensors
 from fluxlab.weights.convert import convert
 from fluxlab.weights.find import data_folder, find_files
 from fluxlab.weights.layouts import to_diffusers
@@ -105,6 +105,13 @@ def test_a_pickle_is_never_read(tmp_path, name, zipped):
     torch.save({"img_in.weight": torch.zeros(1)}, tmp_path / name, _use_new_zipfile_serialization=zipped)
     with pytest.raises(fl.WeightsError, match="pickle, which can run code and is never read; give safetensors"):
         fl.load_weights(on_meta(), tmp_path / name)
+
+
+def test_what_is_streamed_must_be_what_was_announced(tmp_path):
+    said = r"a of torch.float32 \[3\] came, where a of torch.float32 \[2\] was expected"
+    with pytest.raises(fl.WeightsError, match=said):
+        stream_tensors({"a": torch.ones(2)}, [("a", torch.ones(3))], tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(checkpoint, monkeypatch):

@@ -94,7 +94,10 @@ def find_files(
         names = (variant.transformer_file, variant.autoencoder_file, variant.t5, variant.t5, variant.clip, variant.clip)
         found = dict(zip(places, map(data_folder().joinpath, names), strict=True))
     if path is not None and path.is_file():
-        found |= {part.kind: path for part in which(path)}
+        parts = which(path)
+        if parts[0].kind == "lora":
+            raise WeightsError(f"{path}: this is {parts[0]}, which changes a model and is none; give it as lora=")
+        found |= {part.kind: path for part in parts}
     elif path is not None:
         folder = path if path.is_dir() else _download(str(source), places)
         inside = ((part, folder / name) for part, names in places.items() for name in reversed(names))

@@ -553,6 +553,9 @@ def test_a_model_or_a_pickle_is_no_lora(tmp_path, model):
     write_tensors(official(model)[0], tmp_path / "lora.safetensors")
     with pytest.raises(fl.WeightsError, match=r"this is the LoRA in the BFL layout.* where the transformer"):
         fl.load_weights(model, tmp_path / "lora.safetensors")
+    for name in ("flux-tiny-dev", "flux-dev"):
+        with pytest.raises(fl.WeightsError, match=r"this is the LoRA .*, which changes a model and is none; give"):
+            fl.load(name, tmp_path / "lora.safetensors")
 
 
 @pytest.mark.usefixtures("as_users_run_it")

@@ -20,10 +20,8 @@ def cheat_sheet(name: str = "flux-dev") -> Diagram:
     drawn, tallest = [words(40, 58, f"{name}: the whole model", 34, bold=True)], 0
     for i, (title, diagram) in enumerate(columns):
         [width, height] = map(int, re.findall(r'viewBox="0 0 (\d+) (\d+)"', diagram.svg)[0])
-        inner = re.sub(
-            r"^<svg[^>]*>", f'<svg x="{40 + 650 * i}" y="130" width="{width}" height="{height}">', diagram.svg
-        )
-        drawn += [words(54 + 650 * i, 112, title, 24, bold=True), inner]
+        placed = f'<svg x="{40 + 650 * i}" y="130" width="{width}" height="{height}">'
+        drawn += [words(54 + 650 * i, 112, title, 24, bold=True), re.sub("^<svg[^>]*>", placed, diagram.svg)]
         tallest = max(tallest, height)
     y = 112
     for title, lines in _told(name):

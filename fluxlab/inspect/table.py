@@ -24,9 +24,8 @@ class Table(list[dict[str, Any]]):
 
         def line(parts: list[str]) -> str:
             aligned = zip(parts, widths, numeric, strict=True)
-            return "  ".join(
-                part.rjust(width) if right else part.ljust(width) for part, width, right in aligned
-            ).rstrip()
+            padded = [part.rjust(width) if right else part.ljust(width) for part, width, right in aligned]
+            return "  ".join(padded).rstrip()
 
         rule = "  ".join("-" * width for width in widths)
         return "\n".join(([self.title] if self.title else []) + [line(names), rule, *map(line, cells)])

@@ -116,10 +116,9 @@ def first_step(num_steps: int, image: Image.Image | None, strength: Any) -> tupl
     strength = 0.7 if strength is None else strength
     start = min(num_steps - 1, int(num_steps - num_steps * strength))
     if start == 0 and strength < 1:
-        said = (
-            f"strength is {strength}, and {num_steps} steps take all of that from noise: nothing of image would be left"
-        )
-        raise ValueError(f"{said}; give more steps, a smaller strength, or 1 if that is meant")
+        said = f"strength is {strength}, and {num_steps} steps take all of that from noise"
+        advice = "give more steps, a smaller strength, or 1 if that is meant"
+        raise ValueError(f"{said}: nothing of image would be left; {advice}")
     return start, strength
 
 

@@ -46,8 +46,7 @@ def depth(image: Image.Image, model: str | Path = DEPTH_MODEL) -> Image.Image:
         processor = AutoImageProcessor.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError) as error:
         told = f"the model that tells depth, {str(model)!r}, is not on this disk ({' '.join(str(error).split())[:200]})"
-        raise ValueError(
-            f"{told}; fetch it with `hf download {DEPTH_MODEL}`, or give control=, a picture of depth"
-        ) from error
+        advice = f"fetch it with `hf download {DEPTH_MODEL}`, or give control=, a picture of depth"
+        raise ValueError(f"{told}; {advice}") from error
     estimate = pipeline("depth-estimation", model=network, image_processor=processor)
     return estimate(image)["depth"].convert("RGB")

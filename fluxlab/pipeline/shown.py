@@ -53,9 +53,8 @@ class Shown:
     def reference(cls, latent: Tensor) -> "Shown":
         """For Kontext: the latent of the picture to change, whose places have 1 on the axis that is else 0."""
         height, width = (side * COMPRESSION for side in latent.shape[-2:])
-        return cls(
-            tokens=pack(latent), ids=image_ids(len(latent), height, width, index=1, device=ids_device(latent.device))
-        )
+        ids = image_ids(len(latent), height, width, index=1, device=ids_device(latent.device))
+        return cls(tokens=pack(latent), ids=ids)
 
     @classmethod
     def pictures(cls, tokens: Float[Tensor, "pictures patches context_dim"], weights: Sequence[float]) -> "Shown":

@@ -49,10 +49,9 @@ def modulation_ahead(pipe: Pipeline, release: bool = False) -> Handle:
         _release(handle, pipe, layers)
     state = _State(model, layers)
     handle.put(model, state.forward)
+    handle.put(model, state.begin, "loop_begins")
     for module in layers:
         handle.put(module, state.modulation(module))
-    model.loop_begins = state.begin  # type: ignore[assignment]
-    handle.later(lambda: delattr(model, "loop_begins"))
     return handle.on()
 
 
@@ -74,9 +73,10 @@ class _Loop:
         self.txt = model.txt_in(inputs.txt)
         self.pe = model.pe_embedder(torch.cat((inputs.txt_ids, inputs.img_ids), dim=1)).to(inputs.img.device)
 
-    def fits(self, **given: Tensor | None) -> bool:
+    def fits(self, inputs: FluxInputs) -> bool:
         """Whether a forward is of this loop."""
-        return all(same(getattr(self.inputs, name), tensor) for name, tensor in given.items())
+        fixed = ("txt", "y", "guidance", "img_ids", "txt_ids")
+        return all(same(getattr(self.inputs, name), getattr(inputs, name)) for name in fixed)
 
 
 def _linear(layer: Any) -> nn.Linear:
@@ -141,29 +141,20 @@ class _State:
 
         return forward
 
-    def forward(
-        self,
-        img: Tensor,
-        img_ids: Tensor,
-        txt: Tensor,
-        txt_ids: Tensor,
-        timesteps: Tensor,
-        y: Tensor,
-        guidance: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, *args: Any, **given: Any) -> Tensor:
         """The model's own, with functions that know the answer in place of the parts that were computed ahead."""
-        fixed = {"txt": txt, "y": y, "guidance": guidance, "img_ids": img_ids, "txt_ids": txt_ids}
-        loop = next((each for each in self.loops if each.fits(**fixed)), None)
-        at = set(timesteps.tolist())
+        inputs = FluxInputs(*args, **given)
+        loop = next((each for each in self.loops if each.fits(inputs)), None)
+        at = set(inputs.timesteps.tolist())
         row = loop.rows.get(at.pop()) if loop and len(at) == 1 else None
         known: dict[str, Any] = {}
-        if loop is not None and row is not None and img.shape == loop.inputs.img.shape:
+        if loop is not None and row is not None and inputs.img.shape == loop.inputs.img.shape:
             vec, text, pe = loop.vec[row : row + loop.batch], loop.txt, loop.pe
             self.now.copy_(loop.table[row : row + loop.batch])
             self.vec = vec
 
             def time_in(embedded: Tensor) -> Tensor:
-                _unchanged("timesteps", embedded, timestep_embedding(timesteps).to(embedded))
+                _unchanged("timesteps", embedded, timestep_embedding(inputs.timesteps).to(embedded))
                 return vec
 
             known = {"time_in": time_in, "guidance_in": None, "vector_in": lambda _: 0}
@@ -171,7 +162,7 @@ class _State:
         try:
             vars(self.model).update(known)  # found before the modules of these names
             self.active = bool(known)
-            return self.plain(img, img_ids, txt, txt_ids, timesteps, y, guidance)
+            return self.plain(*args, **given)
         finally:
             self.active = False
             for name in known:

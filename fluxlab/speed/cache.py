@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxlab.pipeline.inputs import FluxInputs
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.speed.handle import Handle, same
 
@@ -55,9 +56,7 @@ def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
         raise ValueError(f"threshold is {threshold!r}; give a number from 0, which never skips, such as 0.1")
     doubles, singles = list(pipe.model.double_blocks), list(pipe.model.single_blocks)
     if not doubles or not singles:
-        raise ValueError(
-            "cache_steps compares what the first double block does; this model has no such block, or no other"
-        )
+        raise ValueError("cache_steps compares what the first double block does; this model has none, or no other")
     handle = CacheHandle(pipe, "cache_steps", f"cache_steps({threshold:g})")
     kept: list[_Kept] = []  # one for the prompt, one for what is led away from
     now: Any = None
@@ -66,17 +65,17 @@ def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
 
     def forward(*args: Any, **given: Any) -> Tensor:
         nonlocal now, skipping
-        given |= dict(zip(("img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance"), args, strict=False))
-        y, t = given["y"], float(given["timesteps"].max())
+        inputs = FluxInputs(*args, **given)
+        y, t = inputs.y, float(inputs.timesteps.max())
         now = next((each for each in kept if same(each.y, y)), None)
-        if now is None or t >= now.t or now.first is None or now.first.shape[1] != given["img"].shape[1]:
+        if now is None or t >= now.t or now.first is None or now.first.shape[1] != inputs.img.shape[1]:
             kept[:] = [each for each in kept if each is not now and each.t >= t]
             if not kept:  # another loop begins
                 handle.forwards = handle.skipped = 0
             kept.append(now := _Kept(y, t))
         now.t, skipping = t, False
         handle.forwards += 1
-        return whole(**given)
+        return whole(*args, **given)
 
     def first(run: Callable[..., Any]) -> Callable[..., Any]:
         def block(img: Tensor, txt: Tensor, *steer: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -35,13 +36,14 @@ class Handle:
             if {kind, other} in _APART:
                 raise ValueError(f"{kind} does not go with {other}, which is on this pipeline; undo that first")
 
-    def put(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        """Another forward for a module, until ``undo``."""
-        before = vars(module).get("forward")
-        module.forward = forward
-        self._stack.callback(
-            lambda: delattr(module, "forward") if before is None else setattr(module, "forward", before)
-        )
+    def put(self, module: nn.Module, method: Callable[..., Any], name: str = "forward") -> None:
+        """Another forward for a module, until ``undo``; or another method."""
+        own = vars(module)
+        if name in own:
+            self.later(partial(own.update, {name: own[name]}))
+        else:
+            self.later(partial(own.pop, name))
+        own[name] = method
 
     def later(self, undo: Callable[[], object]) -> None:
         """What else ``undo`` has to do; what comes last is done first."""

@@ -42,11 +42,11 @@ def hole_on(picture: Picture, which: int, rng: Generator | None = None) -> Hole:
 def half_around(picture: Picture, which: int) -> Hole:
     """The half of the picture in which one of two things stands; the prompt names that thing alone."""
     height, width = picture.masks.shape[1:]
-    if picture.scene.where == "left of":
-        box = (0, height, 0, width // 2) if which == 0 else (0, height, width // 2, width)
-    else:
-        box = (0, height // 2, 0, width) if which == 0 else (height // 2, height, 0, width)
-    return Hole(box, _alone(picture, which))
+    halves = {
+        "left of": ((0, height, 0, width // 2), (0, height, width // 2, width)),
+        "above": ((0, height // 2, 0, width), (height // 2, height, 0, width)),
+    }
+    return Hole(halves[picture.scene.where][which], _alone(picture, which))
 
 
 def _alone(picture: Picture, which: int) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 from typer import Argument, Option
 
 import fluxlab as fl
-from fluxlab.course.gallery import gallery
+from fluxlab.course.gallery import gallery, relatives
 from fluxlab.files import replacing
 from fluxlab.onnx.export import GRAPHS, PARTS
 from fluxlab.speed.sharded import processes, rank
@@ -138,6 +138,7 @@ def export(
         made[f"{name}-{block}-block.svg"] = fl.block_diagram(block, name)  # type: ignore[arg-type]
     made[f"{_TINY}-graph.svg"] = fl.graph(fl.build(_TINY), fl.example_inputs(_TINY))
     made |= {f"{name}-gallery.png": gallery(name) for name in (_TINY, "flux-tiny-schnell")}
+    made["flux-tiny-relatives.png"] = relatives()
     for file, thing in made.items():
         thing.save(output / file)
         typer.echo(output / file)

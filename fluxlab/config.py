@@ -256,6 +256,7 @@ VARIANTS: dict[str, Variant] = {
         _TINY_DEV,
         _schnell(_TINY_DEV),
         TINY_FILL,
+        TINY_KONTEXT,
     )
 }
 

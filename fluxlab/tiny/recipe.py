@@ -31,11 +31,11 @@ class Recipe:
     fill_pictures: int = 8_000  # each with two holes, for flux-tiny-fill-dev
     fill_steps: int = 5_000
     fill_guidance_steps: int = 2_000
-    edits: int = 16_000  # for flux-tiny-kontext-dev
+    edits: int = 12_000  # for flux-tiny-kontext-dev
     told_by_caption: float = 0.25  # of them are told by the caption of the picture after
     edit_text_steps: int = 1_200  # tokenizers' new words
-    edit_steps: int = 6_000
-    edit_guidance_steps: int = 2_000
+    edit_steps: int = 3_500
+    edit_guidance_steps: int = 600
     canny_pictures: int = 8_000  # for the LoRA of flux-tiny-canny-dev
     canny_rank: int = 16
     canny_steps: int = 2_500

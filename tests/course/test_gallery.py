@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxlab.course.gallery import PROMPTS, gallery
+from fluxlab.course.gallery import PROMPTS, gallery, relatives
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +33,10 @@ def test_fewer_prompts_make_a_smaller_grid(sheet):
     small = gallery("flux-tiny-dev", PROMPTS[:2], columns=2)
     assert small.width < sheet.shape[1]
     assert small.height < sheet.shape[0]
+
+
+def test_the_relatives_in_exported_are_these():
+    committed = np.asarray(Image.open(Path(__file__).parents[2] / "exported/flux-tiny-relatives.png")).astype(int)
+    painted = np.asarray(relatives()).astype(int)
+    assert committed.shape == painted.shape
+    assert abs(painted - committed).mean() < 1

@@ -58,7 +58,7 @@ def test_a_bundle_is_told_part_by_part(bundle):
     assert lines[0].startswith("the transformer of flux-tiny-dev in the official layout; names after 'model.diffusion_")
     assert lines[0].endswith(numbers)
     assert lines[1].startswith(
-        "the autoencoder of flux-tiny-dev or flux-tiny-schnell or flux-tiny-fill-dev in the official layout; names aft"
+        "the autoencoder of flux-tiny-dev or flux-tiny-schnell or flux-tiny-fill-dev or flux-tiny-kontext-dev in the "
     )
     assert lines[2].startswith(
         "the T5 encoder of width 128 in the transformers layout; names after 'text_encoders.t5xx"

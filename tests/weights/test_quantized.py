@@ -91,7 +91,7 @@ def test_a_quantized_transformer_is_loaded_or_kept_small(tmp_path, kind):
 def test_flux_tiny_paints_with_quantized_weights(tmp_path, tiny, kind):
     path = quantized(tmp_path / "x.gguf", tiny.model, kind)
     (part,) = which(path)
-    assert part.variants == ["flux-tiny-dev"]
+    assert part.variants == ["flux-tiny-dev", "flux-tiny-kontext-dev"]
     assert kind.name in str(part)
     prompt, options = "a large red circle on a white background", {"num_steps": 8, "progress": False}
     pixels = [

@@ -182,11 +182,12 @@ class Variant:
 _DEV = Variant("flux-dev")
 
 
-def _relative(title: str, in_channels: int = 64, **differences: Any) -> Variant:
-    """A model that differs from dev in what its image tokens carry and in its defaults."""
-    transformer, name = replace(_DEV.transformer, in_channels=in_channels), f"{title.lower()}-dev"
-    published = {"repo": f"black-forest-labs/FLUX.1-{title}-dev", "transformer_file": f"flux1-{name}.safetensors"}
-    return replace(_DEV, name=f"flux-{name}", transformer=transformer, **published, **differences)  # type: ignore[arg-type]
+def _relative(base: Variant, title: str, in_channels: int = 64, **differences: Any) -> Variant:
+    """A model that differs from a dev in what its image tokens carry and in its defaults."""
+    named = {key: vars(base)[key].replace("dev", f"{title.lower()}-dev") for key in ("name", "transformer_file")}
+    changed: dict[str, Any] = named | {"repo": base.repo and base.repo.replace("dev", f"{title}-dev")}
+    transformer = replace(base.transformer, in_channels=in_channels)
+    return replace(base, transformer=transformer, **changed, **differences)
 
 
 _TINY_DEV = Variant(
@@ -230,29 +231,25 @@ def _schnell(base: Variant, **differences: Any) -> Variant:
     return replace(base, guidance=None, time_shift=False, **changed, **differences)
 
 
-def _tiny_relative(title: str, **differences: Any) -> Variant:
-    """A relative of flux-tiny, trained on from its teacher."""
-    name = f"flux-tiny-{title}-dev"
-    return replace(_TINY_DEV, name=name, transformer_file=f"flux-tiny/{name}.safetensors", **differences)
-
-
-_WIDER = replace(_TINY_DEV.transformer, in_channels=384)
-TINY_FILL = _tiny_relative("fill", transformer=_WIDER, pipeline="FluxFillPipeline", shown="hole")
-_WORDS = {"t5": "flux-tiny/kontext/t5", "clip": "flux-tiny/kontext/clip"}  # its own: instructions have other words
-TINY_KONTEXT = _tiny_relative("kontext", **_WORDS, pipeline="FluxKontextPipeline", shown="reference")
+TINY_FILL = _relative(_TINY_DEV, "Fill", 384, pipeline="FluxFillPipeline", shown="hole")
+_WORDS: dict[str, Any] = {
+    "t5": "flux-tiny/kontext/t5",
+    "clip": "flux-tiny/kontext/clip",
+}  # its own: instructions have other words
+TINY_KONTEXT = _relative(_TINY_DEV, "Kontext", **_WORDS, pipeline="FluxKontextPipeline", shown="reference")
 
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
         _DEV,
         _schnell(_DEV, t5_length=256),
-        _relative("Krea", guidance=4.5),
-        _relative("Kontext", guidance=2.5, num_steps=30, pipeline="FluxKontextPipeline", shown="reference"),
+        _relative(_DEV, "Krea", guidance=4.5),
+        _relative(_DEV, "Kontext", guidance=2.5, num_steps=30, pipeline="FluxKontextPipeline", shown="reference"),
         # 384 = 64 noisy latent + 64 latent of the masked picture + 256 mask (8x8 pixels of each latent cell, 2x2 cells)
-        _relative("Fill", 384, guidance=30.0, pipeline="FluxFillPipeline", shown="hole"),
+        _relative(_DEV, "Fill", 384, guidance=30.0, pipeline="FluxFillPipeline", shown="hole"),
         # 128 = 64 noisy latent + 64 latent of the edge or depth picture
-        _relative("Canny", 128, guidance=30.0, pipeline="FluxControlPipeline", shown="edges"),
-        _relative("Depth", 128, guidance=10.0, pipeline="FluxControlPipeline", shown="depth"),
+        _relative(_DEV, "Canny", 128, guidance=30.0, pipeline="FluxControlPipeline", shown="edges"),
+        _relative(_DEV, "Depth", 128, guidance=10.0, pipeline="FluxControlPipeline", shown="depth"),
         _TINY_DEV,
         _schnell(_TINY_DEV),
         TINY_FILL,

@@ -1,17 +1,17 @@
 """Grids of what flux-tiny and its relatives paint: the same grid for the same seed."""
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from fluxlab.pipeline.control import edges
 from fluxlab.pipeline.load import load
-from fluxlab.tiny.holes import hole_on, masks_of
-from fluxlab.tiny.pictures import USUAL
+from fluxlab.tiny.family import paint_hole
+from fluxlab.tiny.holes import hole_on
 from fluxlab.tiny.world import Scene, Thing, draw_scene
 from fluxlab.weights.find import data_folder
 
@@ -35,38 +35,38 @@ _SHOWN = (  # what each relative is shown
 def gallery(name: str, prompts: Sequence[str] = PROMPTS, seed: int = 0, columns: int = 4) -> Image.Image:
     """Paint the prompts with a variant, one seed apart, and lay the pictures out with their prompts below."""
     pictures: Any = load(name)(list(prompts), seed=range(seed, seed + len(prompts)), progress=False)
-    return _sheet(zip(pictures, prompts, strict=True), columns)
+    return _sheet([*zip(pictures, prompts, strict=True)], columns)
 
 
 def relatives(seed: int = 0) -> Image.Image:
     """What three relatives of flux-tiny are shown, and below what each makes of it: Fill, Canny as a LoRA, Kontext."""
     drawn = [draw_scene(scene, np.random.default_rng(seed)) for scene in _SHOWN]
-    whole, follow, change = (Image.fromarray(picture.pixels) for picture in drawn)
-    mask = masks_of(torch.tensor([hole_on(drawn[0], 1).box]), *USUAL)[0, 0]
-    hole = Image.fromarray(255 * mask.byte().numpy())
-    said = (
-        "a large yellow star on a white background",
-        "a large green triangle above a large pink star",
-        "make the circle blue",
-    )
+    cut, follow, change = (Image.fromarray(picture.pixels) for picture in drawn)
+    hole = replace(hole_on(drawn[0], 1), prompt="a large yellow star on a white background")
+    top, bottom, left, right = hole.box
+    cut.paste("gray", (left, top, right, bottom))
     canny = load("flux-tiny-dev", lora={data_folder() / "flux-tiny/flux-tiny-canny-dev-lora.safetensors": 1.0})
-    painted: Any = (
-        load("flux-tiny-fill-dev")(said[0], image=whole, mask=hole, seed=seed, progress=False),
-        canny(f"{said[1]} on a navy background", control=edges(follow), seed=seed, progress=False),
-        load("flux-tiny-kontext-dev")(said[2], image=change, seed=seed, progress=False),
-    )
-    shown = (Image.composite(Image.new("RGB", whole.size, "gray"), whole, hole), edges(follow), change)
-    told = ("Fill is shown a picture and a hole", "Canny is shown edges", "Kontext is shown a picture")
-    return _sheet([*zip(shown, told, strict=True), *zip(painted, said, strict=True)], 3)
+    kontext: Any = load("flux-tiny-kontext-dev")
+    lines, told = edges(follow), "a large green triangle above a large pink star on a navy background"
+    blue = "make the circle blue"
+    painted: Any = canny(told, control=lines, seed=seed, progress=False)
+    pictures = [
+        (cut, "Fill is shown a picture and a hole"),
+        (lines, "Canny is shown edges"),
+        (change, "Kontext is shown a picture"),
+        (paint_hole(load("flux-tiny-fill-dev"), drawn[0], hole, seed), hole.prompt),
+        (painted, told),
+        (kontext(blue, image=change, seed=seed, progress=False), blue),
+    ]
+    return _sheet(pictures, columns=3)
 
 
-def _sheet(pictures: Iterable[tuple[Image.Image, str]], columns: int) -> Image.Image:
-    pairs = list(pictures)
+def _sheet(pictures: Sequence[tuple[Image.Image, str]], columns: int) -> Image.Image:
     side, caption, gap = 256, 62, 16
-    rows = -(-len(pairs) // columns)
+    rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + caption + gap) + gap), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    for i, (picture, words) in enumerate(pairs):
+    for i, (picture, words) in enumerate(pictures):
         x = gap + i % columns * (side + gap)
         y = gap + i // columns * (side + caption + gap)
         sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (x, y))

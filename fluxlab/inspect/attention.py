@@ -11,13 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fluxlab.model.rope import Heads
+
 Range = slice | Literal["text", "image"] | None
 _CHUNK = 64 * 2**20  # bytes of scores at a time
 
 
 def attention_weights(
-    q: Float[Tensor, "batch heads tokens dim"],
-    k: Float[Tensor, "batch heads tokens dim"],
+    q: Heads,
+    k: Heads,
     heads: Sequence[int],
     queries: slice,
     keys: slice,

@@ -44,6 +44,15 @@ class Tape(Mapping[str, Tensor]):
             )
         return next(iter(runs.values()))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._kept
+
+    __eq__, __hash__ = object.__eq__, object.__hash__  # what it holds has no one truth
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As ``tape[name]``; the default where it was not captured."""
+        return self[name] if name in self else default
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._kept)
 

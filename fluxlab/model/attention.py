@@ -1,7 +1,7 @@
 """Attention: queries and keys are normed and rotated, then every token looks at every token. Opened in chapter 07.
 
 There is no mask anywhere in FLUX, the padding of the text included.
-Axes: batch B, tokens L, heads H, head width D, channels C = H * D.
+Axes: batch B, tokens L, heads H, head width D, channels C = H * D. In FLUX.1: H 24, D 128.
 """
 
 import torch
@@ -11,16 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fluxlab.model.observe import Observed, See, unseen
-from fluxlab.model.rope import apply_rope
+from fluxlab.model.rope import Heads, Rotations, apply_rope
 
 
-def attention(
-    q: Float[Tensor, "batch heads tokens dim"],
-    k: Float[Tensor, "batch heads tokens dim"],
-    v: Float[Tensor, "batch heads tokens dim"],
-    pe: Float[Tensor, "#batch 1 tokens pairs 2 2"],
-    see: See = unseen,
-) -> Float[Tensor, "batch tokens channels"]:
+def attention(q: Heads, k: Heads, v: Heads, pe: Rotations, see: See = unseen) -> Float[Tensor, "batch tokens channels"]:
     """Rotate q and k, attend, and lay the heads side by side: ``softmax(q k^T / sqrt(D)) v``."""
     q, k = apply_rope(q, k, pe)
     q, k, v = see("q", q), see("k", k), see("v", v)  # each B H L D
@@ -60,9 +54,7 @@ class QKNorm(nn.Module):
         self.query_norm = RMSNorm(dim)
         self.key_norm = RMSNorm(dim)
 
-    def forward(
-        self, q: Float[Tensor, "batch heads tokens dim"], k: Float[Tensor, "batch heads tokens dim"]
-    ) -> tuple[Float[Tensor, "batch heads tokens dim"], Float[Tensor, "batch heads tokens dim"]]:
+    def forward(self, q: Heads, k: Heads) -> tuple[Heads, Heads]:
         return self.query_norm(q), self.key_norm(k)
 
 
@@ -76,13 +68,7 @@ class SelfAttention(Observed):
         self.norm = QKNorm(dim // num_heads)
         self.proj = nn.Linear(dim, dim)
 
-    def project(
-        self, x: Float[Tensor, "batch tokens channels"]
-    ) -> tuple[
-        Float[Tensor, "batch heads tokens dim"],
-        Float[Tensor, "batch heads tokens dim"],
-        Float[Tensor, "batch heads tokens dim"],
-    ]:
+    def project(self, x: Float[Tensor, "batch tokens channels"]) -> tuple[Heads, Heads, Heads]:
         """Queries and keys, normed, and values."""
         q, k, v = split_heads(self.qkv(x), self.num_heads)
         q, k = self.norm(self.see("q_raw", q), self.see("k_raw", k))

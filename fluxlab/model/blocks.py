@@ -2,6 +2,7 @@
 
 Text comes before image wherever they are joined.
 Axes: batch B, tokens L = text T + image I, heads H, head width D, channels C, hidden width M of the MLP.
+In FLUX.1 [dev]: T 512, I 4096 at 1024 x 1024, H 24, D 128, C 3072, M 12288. ``see`` names a tensor for whoever looks.
 """
 
 import torch
@@ -11,6 +12,12 @@ from torch import Tensor, nn
 from fluxlab.model.attention import QKNorm, SelfAttention, attention, split_heads
 from fluxlab.model.modulation import Modulation
 from fluxlab.model.observe import Observed
+from fluxlab.model.rope import Rotations
+
+ImageTokens = Float[Tensor, "batch image_tokens channels"]
+TextTokens = Float[Tensor, "batch text_tokens channels"]
+Tokens = Float[Tensor, "batch tokens channels"]
+Vector = Float[Tensor, "batch channels"]
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:
@@ -45,13 +52,7 @@ class DoubleStreamBlock(Observed):
         self.txt_norm2 = layer_norm(hidden_size)
         self.txt_mlp = MLP(hidden_size, mlp_hidden_dim)
 
-    def forward(
-        self,
-        img: Float[Tensor, "batch image_tokens channels"],
-        txt: Float[Tensor, "batch text_tokens channels"],
-        vec: Float[Tensor, "batch channels"],
-        pe: Float[Tensor, "#batch 1 tokens pairs 2 2"],
-    ) -> tuple[Float[Tensor, "batch image_tokens channels"], Float[Tensor, "batch text_tokens channels"]]:
+    def forward(self, img: ImageTokens, txt: TextTokens, vec: Vector, pe: Rotations) -> tuple[ImageTokens, TextTokens]:
         img, txt = self.see("img.input", img), self.see("txt.input", txt)
         img_mod1, img_mod2 = self.img_mod(vec)
         txt_mod1, txt_mod2 = self.txt_mod(vec)
@@ -72,12 +73,7 @@ class DoubleStreamBlock(Observed):
         txt = self.see("txt.output", txt + txt_mod2.gate * txt_update)
         return img, txt
 
-    def attend(
-        self,
-        img: Float[Tensor, "batch image_tokens channels"],
-        txt: Float[Tensor, "batch text_tokens channels"],
-        pe: Float[Tensor, "#batch 1 tokens pairs 2 2"],
-    ) -> tuple[Float[Tensor, "batch image_tokens channels"], Float[Tensor, "batch text_tokens channels"]]:
+    def attend(self, img: ImageTokens, txt: TextTokens, pe: Rotations) -> tuple[ImageTokens, TextTokens]:
         """One attention over both streams, each with queries, keys and values of its own."""
         img_q, img_k, img_v = self.img_attn.project(img)
         txt_q, txt_k, txt_v = self.txt_attn.project(txt)
@@ -104,20 +100,13 @@ class SingleStreamBlock(Observed):
         self.mlp_act = nn.GELU(approximate="tanh")
         self.modulation = Modulation(hidden_size, double=False)
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch tokens channels"],
-        vec: Float[Tensor, "batch channels"],
-        pe: Float[Tensor, "#batch 1 tokens pairs 2 2"],
-    ) -> Float[Tensor, "batch tokens channels"]:
+    def forward(self, x: Tokens, vec: Vector, pe: Rotations) -> Tokens:
         x = self.see("input", x)
         (mod,) = self.modulation(vec)
         side_by_side = torch.cat(self.branches((1 + mod.scale) * self.pre_norm(x) + mod.shift, pe), dim=-1)
         return self.see("output", x + mod.gate * self.linear2(side_by_side))  # B L C+M -> B L C
 
-    def branches(
-        self, x: Float[Tensor, "batch tokens channels"], pe: Float[Tensor, "#batch 1 tokens pairs 2 2"]
-    ) -> tuple[Float[Tensor, "batch tokens channels"], Float[Tensor, "batch tokens hidden"]]:
+    def branches(self, x: Tokens, pe: Rotations) -> tuple[Tokens, Float[Tensor, "batch tokens hidden"]]:
         """Attention's output and the MLP's hidden features, from one Linear."""
         qkv, mlp = self.linear1(x).split((3 * self.hidden_size, self.mlp_hidden_dim), dim=-1)
         q, k, v = split_heads(qkv, self.num_heads)  # each B H L D
@@ -134,9 +123,7 @@ class LastLayer(Observed):
         self.linear = nn.Linear(hidden_size, out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(
-        self, x: Float[Tensor, "batch image_tokens channels"], vec: Float[Tensor, "batch channels"]
-    ) -> Float[Tensor, "batch image_tokens out_channels"]:
+    def forward(self, x: ImageTokens, vec: Vector) -> Float[Tensor, "batch image_tokens out_channels"]:
         shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)  # the diffusers layout swaps them
         shift, scale = self.see("shift", shift), self.see("scale", scale)
         return self.linear((1 + scale) * self.norm_final(x) + shift)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fluxlab.config import EMBEDDING_DIM, Flux2Config
-from fluxlab.model.blocks import DoubleStreamBlock, LastLayer, SingleStreamBlock
+from fluxlab.model.blocks import DoubleStreamBlock, ImageTokens, LastLayer, SingleStreamBlock, TextTokens, Tokens
 from fluxlab.model.embeddings import MLPEmbedder, timestep_embedding
 from fluxlab.model.modulation import Modulation, ModulationOut
 from fluxlab.model.observe import Observed
-from fluxlab.model.rope import EmbedND
+from fluxlab.model.rope import EmbedND, Rotations
 
 Steer = tuple[ModulationOut, ...]
 
@@ -45,13 +45,8 @@ class DoubleStreamBlock2(DoubleStreamBlock):
         self.txt_mlp = gated_mlp(hidden_size, mlp_hidden_dim)  # type: ignore[assignment]
 
     def forward(  # type: ignore[override]
-        self,
-        img: Float[Tensor, "batch image_tokens channels"],
-        txt: Float[Tensor, "batch text_tokens channels"],
-        img_mod: Steer,
-        txt_mod: Steer,
-        pe: Float[Tensor, "#batch 1 tokens pairs 2 2"],
-    ) -> tuple[Float[Tensor, "batch image_tokens channels"], Float[Tensor, "batch text_tokens channels"]]:
+        self, img: ImageTokens, txt: TextTokens, img_mod: Steer, txt_mod: Steer, pe: Rotations
+    ) -> tuple[ImageTokens, TextTokens]:
         img, txt = self.see("img.input", img), self.see("txt.input", txt)
         (img_mod1, img_mod2), (txt_mod1, txt_mod2) = img_mod, txt_mod
         img_attended, txt_attended = self.attend(
@@ -76,12 +71,7 @@ class SingleStreamBlock2(SingleStreamBlock):
         self.linear2 = nn.Linear(hidden_size + mlp_hidden_dim, hidden_size)
         self.mlp_act = SwiGLU()  # type: ignore[assignment]
 
-    def forward(  # type: ignore[override]
-        self,
-        x: Float[Tensor, "batch tokens channels"],
-        mod: ModulationOut,
-        pe: Float[Tensor, "#batch 1 tokens pairs 2 2"],
-    ) -> Float[Tensor, "batch tokens channels"]:
+    def forward(self, x: Tokens, mod: ModulationOut, pe: Rotations) -> Tokens:  # type: ignore[override]
         x = self.see("input", x)
         side_by_side = torch.cat(self.branches((1 + mod.scale) * self.pre_norm(x) + mod.shift, pe), dim=-1)
         return self.see("output", x + mod.gate * self.linear2(side_by_side))
@@ -106,7 +96,7 @@ class Flux2(Observed):
         self.double_blocks = nn.ModuleList(DoubleStreamBlock2(*sizes) for _ in range(c.depth))
         self.single_blocks = nn.ModuleList(SingleStreamBlock2(*sizes) for _ in range(c.depth_single_blocks))
         self.final_layer = LastLayer(c.hidden_size, c.in_channels)
-        for module in self.modules():
+        for module in self.modules():  # no Linear of FLUX.2 has a bias: those of shared parts lose theirs
             if isinstance(module, nn.Linear):
                 module.register_parameter("bias", None)
 

@@ -9,6 +9,9 @@ from einops import rearrange
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
+Heads = Float[Tensor, "batch heads tokens dim"]
+Rotations = Float[Tensor, "#batch 1 tokens pairs 2 2"]  # one 2x2 matrix for each pair of features
+
 
 def rope(positions: Num[Tensor, "batch tokens"], dim: int, theta: float) -> Float[Tensor, "batch tokens pairs 2 2"]:
     """Rotation matrices for positions along one axis, in float32.
@@ -47,18 +50,12 @@ class EmbedND(nn.Module):
         return torch.cat(per_axis, dim=-3).unsqueeze(1)  # B 1 L D/2 2 2: one for all heads
 
 
-def apply_rope(
-    q: Float[Tensor, "batch heads tokens dim"],
-    k: Float[Tensor, "batch heads tokens dim"],
-    pe: Float[Tensor, "#batch 1 tokens pairs 2 2"],
-) -> tuple[Float[Tensor, "batch heads tokens dim"], Float[Tensor, "batch heads tokens dim"]]:
+def apply_rope(q: Heads, k: Heads, pe: Rotations) -> tuple[Heads, Heads]:
     """Turn queries and keys, in float32 at least; the dtype that came in goes out."""
     return rotate(q, pe), rotate(k, pe)
 
 
-def rotate(
-    x: Float[Tensor, "batch heads tokens dim"], pe: Float[Tensor, "#batch 1 tokens pairs 2 2"]
-) -> Float[Tensor, "batch heads tokens dim"]:
+def rotate(x: Heads, pe: Rotations) -> Heads:
     """``(x0, x1) -> (x0 cos - x1 sin, x0 sin + x1 cos)`` for each pair of neighbouring features.
 
     A matrix times a vector is the sum of its columns, each times one number of the vector.

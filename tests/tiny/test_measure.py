@@ -63,6 +63,15 @@ def test_a_blob_is_no_shape():
     assert not any(judge(pixels, scene)["all"] for scene in scenes)
 
 
+def test_what_overlaps_its_nearest_shape_by_less_than_three_fifths_is_none():
+    pixels = np.full((128, 128, 3), 250, np.uint8)
+    pixels[30:98, 50:78] = 220, 38, 38  # a bar is nearest to a square, and is none
+    (bar,) = look(pixels)[1]
+    right = judge(pixels, Scene((Thing(bar.shape, "red", "large"),), "center", "white"))
+    assert 0.35 < bar.fit < 0.6
+    assert (right["shape"], right["colour"], right["place"]) == (0, 1, 1)
+
+
 def test_an_empty_picture_gets_nothing_but_its_background_right():
     judged = judge(np.full((128, 128, 3), 250, np.uint8), SCENE)
     assert judged == {"colour": 0, "shape": 0, "place": 0, "background": 1, "count": 0, "all": 0}

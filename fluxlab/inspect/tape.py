@@ -51,7 +51,7 @@ class Tape(Mapping[str, Tensor]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """As ``tape[name]``; the default where it was not captured."""
-        return self[name] if name in self else default
+        return self[name] if name in self._kept else default
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._kept)

@@ -336,6 +336,19 @@ def test_a_tape_of_many_forwards_comes_back_in_the_order_of_the_run(model, input
         assert all(torch.equal(again.forward(i)[name], tape.forward(i)[name]) for i in range(12))
 
 
+def test_a_tape_of_many_forwards_knows_what_it_holds(model, inputs):
+    with torch.no_grad(), fl.capture(model, ["velocity", "vec"]) as tape:
+        model(**inputs)
+        model(**inputs)
+    assert "vec" in tape
+    assert "img" not in tape
+    assert tape.get("img", 3) == 3
+    with pytest.raises(KeyError, match="in 2 forwards"):
+        tape.get("vec")
+    assert tape == tape
+    assert tape != copy.deepcopy(tape)
+
+
 def test_a_tape_that_stopped_at_its_limit_can_be_looked_at(model, inputs):
     def run(tapes):
         with torch.no_grad(), fl.capture(model, ["vec", "*.output"], limit=2e-3) as tape:

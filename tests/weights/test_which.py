@@ -142,6 +142,14 @@ def test_prefixes_are_taken_off_and_said(tmp_path, tiny, prefix):
         assert ("names after" in str(part)) == bool(prefix)
 
 
+def test_parts_are_told_apart_without_being_read():
+    file = data_folder() / "flux-tiny/ae.safetensors"
+    part, again = which(file)[0], which(file)[0]
+    assert part == part
+    assert part != again
+    assert len({part, again}) == 2
+
+
 def test_variants_of_the_same_sizes_are_all_told(tmp_path):
     """Published: [dev], Krea and Kontext have the same tensors, 11,901,408,320 numbers; [schnell] has four fewer."""
     entries = fl.build("flux-dev", device="meta").state_dict()

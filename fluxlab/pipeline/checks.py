@@ -20,7 +20,7 @@ def as_list(name: str, value: Any) -> list[Any]:
     Raises:
         ValueError: there is none.
     """
-    value = value.tolist() if hasattr(value, "tolist") else value
+    value = value.tolist() if getattr(value, "ndim", 2) < 2 else value
     values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
     if not values:
         raise ValueError(f"{name} is an empty list; give at least one")

@@ -35,17 +35,28 @@ def as_pictures(pixels: Float[Tensor, "batch rgb height width"]) -> list[Picture
     return pictures  # type: ignore[return-value]
 
 
-def as_seen(image: Image.Image) -> Image.Image:
+def turned(image: Image.Image, name: str) -> Image.Image:
+    """A picture turned as its EXIF data say; ``name`` says in the error whose argument it is.
+
+    Raises:
+        ValueError: it is no PIL image, is empty, or has more than 8 bits a channel.
+    """
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"{name} is a {type(image).__name__}; give a PIL image: Image.open(path), or fromarray")
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"{name} has mode {image.mode!r}, more than 8 bits a channel; bring it to 8 bits first")
+    if not all(image.size):
+        raise ValueError(f"{name} is {image.width} x {image.height} pixels, so there is nothing to see; give another")
+    return ImageOps.exif_transpose(image)
+
+
+def as_seen(image: Image.Image, name: str = "image") -> Image.Image:
     """A picture in RGB as a viewer shows it: turned as its EXIF data say, and laid on white where it is transparent.
 
     Raises:
-        ValueError: it is no PIL image, or has more than 8 bits a channel.
+        ValueError: as ``turned`` says.
     """
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"image is a {type(image).__name__}; give a PIL image: Image.open(path), or fromarray")
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"image has mode {image.mode!r}, more than 8 bits a channel; bring it to 8 bits first")
-    image = ImageOps.exif_transpose(image)
+    image = turned(image, name)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")

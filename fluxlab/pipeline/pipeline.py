@@ -108,6 +108,7 @@ class Pipeline:
         given = {"image": image, "mask": mask, "control": control}
         check_shown(self.variant.name, self._kind, given)
         images = [] if image is None else [as_seen(each) for each in as_list("image", image)]
+        control = None if control is None else as_seen(control, "control")
         begun = images[0] if starts_from(self._kind, given) else None  # else it is shown
         height, width = self._size(height, width, control or (None if self.redux else next(iter(images), None)))
         num_steps = self.variant.num_steps if num_steps is None else whole("num_steps", num_steps)
@@ -163,7 +164,7 @@ class Pipeline:
             seen = images[0].resize((width, height), Image.Resampling.LANCZOS)
             control = edges(seen) if self._kind == "edges" else depth(seen)
         if control is not None:
-            return Shown.control(self._latent(as_pixels(as_seen(control), height, width), tiled))
+            return Shown.control(self._latent(as_pixels(control, height, width), tiled))
         if self._kind == "reference":
             nearest = preferred_size(images[0], self.variant.size)
             return Shown.reference(self._latent(as_pixels(images[0], *nearest), tiled))

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from einops import rearrange
 from jaxtyping import Float, Num
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from fluxlab.pipeline.inputs import FluxInputs
 from fluxlab.pipeline.latents import COMPRESSION, PIXELS, ids_device, image_ids, pack, text_ids
+from fluxlab.pipeline.pictures import turned
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,11 +106,9 @@ def as_mask(mask: Image.Image, height: int, width: int) -> Float[Tensor, "1 1 he
     """A gray picture as 0, to keep, and 1, to paint, from its middle on; resized without regard to its ratio.
 
     Raises:
-        ValueError: it is no PIL image, or all of it is to be kept.
+        ValueError: it is no PIL image of 8 bits a channel, or all of it is to be kept.
     """
-    if not isinstance(mask, Image.Image):
-        raise ValueError(f"mask is a {type(mask).__name__}; give a PIL image, white where there is to be painted")
-    gray = ImageOps.exif_transpose(mask).convert("L").resize((width, height), Image.Resampling.LANCZOS)
+    gray = turned(mask, "mask").convert("L").resize((width, height), Image.Resampling.LANCZOS)
     painted = torch.frombuffer(bytearray(gray.tobytes()), dtype=torch.uint8).reshape(1, 1, height, width) >= 128
     if not painted.any():
         raise ValueError("mask is black everywhere, so nothing would be painted; make it white where there is to be")

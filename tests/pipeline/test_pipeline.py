@@ -155,6 +155,8 @@ def test_one_forward_a_step_and_two_with_true_cfg(tiny):
         ({"image": GREEN, "num_steps": 3}, "strength is 0.7, and 3 steps take all of that from noise"),
         ({"image": GREEN, "num_steps": 1, "strength": 0.3}, "give more steps, a smaller strength, or 1 if that"),
         ({"image": "green.png"}, "image is a str; give a PIL image"),
+        ({"image": np.asarray(GREEN)}, "image is a ndarray; give a PIL image"),
+        ({"image": Image.new("RGB", (16, 0))}, "image is 16 x 0 pixels"),
         ({"image": GREEN.convert("I")}, "image has mode 'I', more than 8 bits a channel"),
         ({"guidance": float("nan")}, "guidance is nan; it must be a finite number"),
         ({"negative_prompt": ["a ring"], "true_cfg": 2.0}, "give one string, which serves every picture"),

@@ -326,5 +326,34 @@ def test_a_mask_is_zero_or_one():
     mask = Image.new("L", (4, 4), 127)
     mask.putpixel((2, 1), 128)
     assert as_mask(mask, 4, 4)[0, 0].nonzero().tolist() == [[1, 2]]
-    with pytest.raises(ValueError, match="mask is a str; give a PIL image"):
-        as_mask("x", 4, 4)
+    for wrong, said in (
+        ("x", "is a str; give a PIL image"),
+        (mask.convert("I"), "has mode 'I'"),
+        (Image.new("L", (0, 4)), "is 0 x 4"),
+    ):
+        with pytest.raises(ValueError, match=f"mask {said}"):
+            as_mask(wrong, 4, 4)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    ("control", "said"),
+    [
+        ("x.png", "is a str; give a PIL image"),
+        (np.zeros((32, 32, 3), np.uint8), "is a ndarray; give a PIL image"),
+        (Image.new("I;16", (32, 32)), "has mode 'I;16', more than 8 bits"),
+        (Image.new("RGB", (0, 32)), "is 0 x 32 pixels"),
+    ],
+)
+def test_a_control_that_is_no_picture_is_refused_by_its_name(members, control, said):
+    ours, _ = members["flux-canny-dev"]
+    with pytest.raises(ValueError, match=f"control {said}"):
+        ours(PROMPT, control=control)
+
+
+def test_the_size_of_a_control_is_that_of_the_turned_one(members, tmp_path):
+    ours, _ = members["flux-canny-dev"]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    drawn().resize((64, 32)).save(tmp_path / "x.png", exif=exif)
+    assert ours(PROMPT, control=Image.open(tmp_path / "x.png"), num_steps=1, progress=False).size == (32, 64)

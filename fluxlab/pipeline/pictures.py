@@ -51,11 +51,7 @@ def turned(image: Image.Image, name: str) -> Image.Image:
 
 
 def as_seen(image: Image.Image, name: str = "image") -> Image.Image:
-    """A picture in RGB as a viewer shows it: turned as its EXIF data say, and laid on white where it is transparent.
-
-    Raises:
-        ValueError: as ``turned`` says.
-    """
+    """A picture in RGB as a viewer shows it: turned as its EXIF data say, and laid on white where it is transparent."""
     image = turned(image, name)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))

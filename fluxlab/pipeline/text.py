@@ -19,7 +19,7 @@ from torch import Tensor
 from fluxlab.config import Variant
 from fluxlab.extras import importing
 from fluxlab.files import WeightsError
-from fluxlab.pipeline.checks import as_list, finite, warn
+from fluxlab.pipeline.checks import as_texts, finite, warn
 from fluxlab.weights.load import empty_encoder, load_weights
 
 if TYPE_CHECKING:
@@ -69,9 +69,7 @@ class TextEncoders:
         Raises:
             ValueError: a prompt is not text.
         """
-        prompts = as_list("prompt", prompts)
-        if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
-            raise ValueError(f"prompt is {wrong[0]!r}; give text")
+        prompts = as_texts(prompts)
         t5_ids = _tokenize(self.t5_tokenizer, prompts, self.t5_length, "T5")
         return t5_ids, _tokenize(self.clip_tokenizer, prompts, self.clip_length, "CLIP")
 

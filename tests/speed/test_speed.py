@@ -183,9 +183,10 @@ def test_skipped_steps_are_counted_and_run_one_block(pipe, way):
 
 
 def test_a_cached_loop_remembers_no_other(pipe):
-    """The same loop twice, another between: bit for bit."""
-    with fl.speed.cache_steps(pipe, 0.2):
-        once = painted(pipe)
+    """The same loop twice in a row, and again after others: bit for bit, and counted anew."""
+    with fl.speed.cache_steps(pipe, 0.2) as cached:
+        once, counts = painted(pipe), (cached.forwards, cached.skipped)
+        assert far(painted(pipe), once) == 0 and (cached.forwards, cached.skipped) == counts
         painted(pipe, PROMPTS[1])
         painted(pipe, height=64, width=64)
         assert far(painted(pipe), once) == 0

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fluxlab.config import Variant, variant
+from fluxlab.config import Variant, variant, whole
 from fluxlab.extras import importing, quiet
 from fluxlab.files import describe_difference, replacing
 from fluxlab.model.autoencoder import AutoEncoder
@@ -74,7 +74,7 @@ def export_onnx(
     Raises:
         ConfigError: no such variant.
         ValueError: no such part, dtype or opset; text encoders without weights, or quantized; a source and no weights;
-            weights that do not fit.
+            weights that do not fit, or are too large for the dtype.
         WeightsError: weights that are asked for are not found.
         FileNotFoundError: there is no folder to write to.
         OSError: the file cannot be written.
@@ -83,8 +83,7 @@ def export_onnx(
     for given, said, known in ((part, "part", PARTS), (dtype, "dtype", tuple(_TORCH))):
         if given not in known:
             raise ValueError(f"{said} is {given!r}; it is one of {', '.join(known)}")
-    if not 17 <= opset <= 24:
-        raise ValueError(f"opset is {opset}; 17 to 24 are written, 23 by default")
+    whole("opset", opset, 17, 24)
     target = Path(path).expanduser()
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target}: there is no folder {target.parent}")
@@ -126,10 +125,10 @@ def export_onnx(
     with importing():
         from onnxruntime.quantization import quantize_dynamic, shape_inference
     with replacing(target) as temporary:
-        whole, ready = temporary.with_name("whole.onnx"), temporary.with_name("ready.onnx")
-        _write(model, tensors, _TORCH[dtype], whole)
+        full, ready = temporary.with_name("full.onnx"), temporary.with_name("ready.onnx")
+        _write(model, tensors, _TORCH[dtype], full)
         with quiet():  # it recommends what is being done
-            shape_inference.quant_pre_process(whole, ready, skip_symbolic_shape=True)
+            shape_inference.quant_pre_process(full, ready, skip_symbolic_shape=True)
             quantize_dynamic(ready, temporary)
     return None
 
@@ -200,7 +199,7 @@ def _write(model: Any, weights: Mapping[str, Tensor] | None, dtype: torch.dtype,
     if weights and sum(sizes) < _EMBED:
         for tensor in tensors:
             tensor.ClearField("data_location")
-            tensor.raw_data = bytes(_bytes(weights[tensor.name], dtype))
+            tensor.raw_data = bytes(_bytes(tensor.name, weights[tensor.name], dtype))
     else:
         beside, start = target.with_name(f"{target.name}.weights"), 0
         for tensor, size in zip(tensors, sizes, strict=True):
@@ -210,14 +209,17 @@ def _write(model: Any, weights: Mapping[str, Tensor] | None, dtype: torch.dtype,
         if weights:
             with replacing(beside) as temporary, temporary.open("wb") as file:
                 for tensor, size in zip(tensors, sizes, strict=True):
-                    file.write(_bytes(weights[tensor.name], dtype))
+                    file.write(_bytes(tensor.name, weights[tensor.name], dtype))
                     file.write(bytes(-size % _ALIGN))
     with replacing(target) as temporary:
         temporary.write_bytes(model.SerializeToString())
 
 
-def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
-    return tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy().data
+def _bytes(name: str, tensor: Tensor, dtype: torch.dtype) -> memoryview:
+    cast = tensor.detach().to("cpu", dtype)
+    if cast.isinf().any() and not tensor.isinf().any():
+        raise ValueError(f"weights: {name} has values that {dtype} cannot hold; take bfloat16")
+    return cast.contiguous().view(torch.uint8).numpy().data
 
 
 def _write_text_encoder(

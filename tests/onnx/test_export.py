@@ -13,6 +13,7 @@ import torch
 from onnx import TensorProto
 
 import fluxlab as fl
+from fluxlab.files import read_tensors
 from fluxlab.glossary import named
 from fluxlab.model.blocks import DoubleStreamBlock, SingleStreamBlock
 from fluxlab.onnx.export import GRAPHS
@@ -405,7 +406,9 @@ def test_large_weights_go_to_a_file_beside_it(tmp_path, monkeypatch):
         ("flux-dv", {}, ValueError, "did you mean"),
         ("flux-dev", {"part": "block"}, ValueError, "part is 'block'; it is one of transformer"),
         ("flux-dev", {"dtype": "int8"}, ValueError, "dtype is 'int8'"),
-        ("flux-dev", {"opset": 9}, ValueError, "opset is 9; 17 to 24"),
+        ("flux-dev", {"opset": 9}, ValueError, "opset is 9; it must be a whole number of at least 17"),
+        ("flux-dev", {"opset": 25}, ValueError, "opset is 25; it must be a whole number of at most 24"),
+        ("flux-dev", {"opset": 23.0}, ValueError, "opset is 23.0; it must be a whole number"),
         ("flux-dev", {"part": "t5"}, ValueError, "weights=True"),
         ("flux-tiny-dev", {"part": "t5", "weights": True, "opset": 17}, ValueError, "18 and later"),
         ("flux-tiny-dev", {"part": "t5", "weights": True, "quantize": "int8"}, ValueError, "are not quantized"),
@@ -416,6 +419,16 @@ def test_large_weights_go_to_a_file_beside_it(tmp_path, monkeypatch):
 def test_what_cannot_be_written_is_refused_and_nothing_is_left(tmp_path, name, options, error, said):
     with pytest.raises(error, match=said):
         fl.export_onnx(name, tmp_path / "x.onnx", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("embed", [0, 1e9])
+def test_weights_that_a_dtype_cannot_hold_are_not_written(tmp_path, monkeypatch, embed):
+    monkeypatch.setattr("fluxlab.onnx.export._EMBED", embed)
+    tensors = read_tensors(data_folder() / "flux-tiny/flux-tiny-dev.safetensors")
+    tensors["img_in.bias"] = torch.full((128,), 1e5)
+    with pytest.raises(ValueError, match=r"img_in.bias has values that torch.float16 cannot hold"):
+        fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=tensors, dtype="float16")
     assert list(tmp_path.iterdir()) == []
 
 

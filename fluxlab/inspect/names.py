@@ -7,7 +7,7 @@ from fnmatch import filter as matching
 
 from torch import nn
 
-from fluxlab.config import described
+from fluxlab.config import described, whole
 from fluxlab.glossary import entries, named
 from fluxlab.inspect.table import Table
 from fluxlab.model.blocks import DoubleStreamBlock, SingleStreamBlock
@@ -29,12 +29,12 @@ def tensor_names(name: str, height: int | None = None, width: int | None = None,
 
     Raises:
         ConfigError: no such variant.
-        ValueError: a side is not positive.
+        ValueError: a side or the batch is not a whole number of at least 1.
     """
     chosen = described(name)
     rows, columns = grid(*(chosen.size if side is None else side for side in (height, width)))
     found = named(chosen.transformer, "tensor")
-    sizes = {"batch": batch, "text": chosen.t5_length, "image": rows * columns}
+    sizes = {"batch": whole("batch", batch), "text": chosen.t5_length, "image": rows * columns}
     return Table(
         {"name": each, "shape": entry.shape(chosen.transformer, **sizes), "axes": entry.axes, "what": entry.meaning}
         for each, entry in found.items()

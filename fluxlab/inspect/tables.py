@@ -9,13 +9,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
-from numbers import Integral
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from fluxlab.config import FLUX2, Second, Variant, described
+from fluxlab.config import FLUX2, Second, Variant, described, whole
 from fluxlab.extras import importing
 from fluxlab.glossary import Config, named, table_of
 from fluxlab.inspect.table import Table
@@ -174,10 +173,8 @@ def _tokens(
     """Numbers of image and text tokens."""
     height, width = (chosen.size if side is None else side for side in (height, width))
     text = chosen.t5_length if text is None else text
-    for name, size in {"height": height, "width": width, "text_tokens": text, "batch": batch}.items():
-        if not isinstance(size, Integral) or size < 1:
-            raise ValueError(f"{name} is {size!r}; give a whole number of at least 1")
-    return math.prod(grid(height, width)), text
+    whole("batch", batch)
+    return math.prod(grid(height, width)), whole("text_tokens", text)
 
 
 def memory(

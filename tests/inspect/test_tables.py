@@ -91,8 +91,15 @@ WRONG += [("height", 0), ("width", 100.5), ("width", "128")]
 @pytest.mark.parametrize("count", [fl.flops, fl.memory])
 @pytest.mark.parametrize(("size", "given"), WRONG)
 def test_a_size_that_is_none_is_refused(count, size, given, as_users_run_it):
-    with pytest.raises(ValueError, match=f"{size} is {given!r}; give a whole number of at least 1"):
+    with pytest.raises(ValueError, match=f"{size} is {given!r}; it must be a whole number of at least 1"):
         count("flux-tiny-dev", **{size: given})
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_batch_of_names_that_is_none_is_refused():
+    for given in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f"batch is {given!r}; it must be a whole number of at least 1"):
+            fl.tensor_names("flux-tiny-dev", batch=given)
 
 
 @pytest.mark.parametrize("name", ["flux-dev", "flux-tiny-schnell"])

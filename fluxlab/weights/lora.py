@@ -31,8 +31,10 @@ class Lora:
             WeightsError: a file cannot be read, or does not fit the modules; nothing is changed then.
             ValueError: a strength is no finite number, or a file is named twice.
         """
-        if len({str(file) for file in files}) < len(files):
-            raise ValueError(f"files has one file twice: {', '.join(map(str, files))}; give each once")
+        if not isinstance(files, Mapping) or len({str(file) for file in files}) < len(files):
+            raise ValueError(
+                f"files is {files!r}; give each file once, with its strength: {{'style.safetensors': 0.8}}"
+            )
         self.strengths = {str(file): _checked(file, strength) for file, strength in files.items()}
         self.merged = False
         self._model: Any = modules["transformer"]

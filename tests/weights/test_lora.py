@@ -448,8 +448,15 @@ def test_what_is_said_twice_is_refused(tmp_path, model):
         with pytest.raises(fl.WeightsError, match=r"are both the down of one layer|are the same layer"):
             Lora({"transformer": model}, {tmp_path / "x": 1})
     write_tensors(tensors, tmp_path / "x")
-    with pytest.raises(ValueError, match="files has one file twice"):
+    with pytest.raises(ValueError, match="give each file once, with its strength"):
         Lora({"transformer": model}, {str(tmp_path / "x"): 1, tmp_path / "x": 0.25})
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_files_without_strengths_are_refused(model):
+    for files in ("style.safetensors", ["style.safetensors"]):
+        with pytest.raises(ValueError, match=r"files is .*style.*; give each file once, with its strength"):
+            Lora({"transformer": model}, files)
 
 
 def test_shapes_are_checked_before_any_value_is_read(tmp_path, model, monkeypatch):

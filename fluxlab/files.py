@@ -19,6 +19,7 @@ _OTHERS = {  # how a file begins that is not safetensors: what it is, and what t
     b"PK": "this is a zip archive, as PyTorch saves a pickle, which can run code and is never read; give safetensors",
     b"\x80": "this is a pickle, which can run code and is never read; give safetensors",
     b"version https://git-lfs": "git-lfs has left this pointer in the file's place; run `git lfs pull` in its folder",
+    b"GGUF": "this is a GGUF file, where safetensors was expected; only a whole model's or a text encoder's may be one",
     b"<": "this is a web page, perhaps one that asks to log in or to accept a licence; do so, and fetch the file again",
 }
 

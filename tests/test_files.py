@@ -239,6 +239,15 @@ def test_what_is_no_safetensors_file_is_named(tmp_path, start, message):
         fl.load_weights(on_meta(), tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize(
+    "read", [fl.Tape.load, fl.FluxInputs.load, lambda path: fl.load("flux-tiny-dev", lora={path: 1})]
+)
+def test_gguf_where_only_safetensors_is_read_is_named(tmp_path, read):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF\x03\0\0\0" + bytes(100))
+    with pytest.raises(fl.WeightsError, match="this is a GGUF file, where safetensors was expected"):
+        read(tmp_path / "x.gguf")
+
+
 def test_several_dtypes_become_the_narrowest_that_holds_all(checkpoint):
     """A forward takes one dtype; by default none of the file's values is changed."""
     model, path = checkpoint
@@ -377,7 +386,7 @@ def test_only_what_can_be_a_hub_name_is_asked_for_there(tmp_path, monkeypatch, s
 
 @pytest.mark.usefixtures("as_users_run_it")
 def test_a_dtype_that_is_no_floating_dtype_of_torch_is_refused():
-    for dtype in ("bfloat16", torch.int8):
+    for dtype in ("bfloat16", torch.int8, torch.float8_e4m3fn):
         with pytest.raises(ValueError, match=r"dtype is .*; give a floating dtype of torch"):
             fl.load("flux-tiny-dev", dtype=dtype)
 

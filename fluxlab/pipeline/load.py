@@ -52,7 +52,7 @@ def load(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device is {str(device)!r}, which cannot be used here ({error})") from error
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise ValueError(f"dtype is {dtype!r}; give a floating dtype of torch, such as torch.bfloat16")
     if redux is not None and chosen.shown != "nothing":
         raise ValueError(f"redux is given, and image= of {name} means something else; give it to dev, Krea or schnell")

@@ -189,11 +189,11 @@ def _watching(model: nn.Module, names: Names, take: Take, attend: Attend, tape: 
         return take(name, *tensors) if len(tensors) == 1 else attend(name, *tensors)
 
     def before(module: nn.Module, args: Any) -> None:
-        if module is model and get_ident() == thread:
+        if module is model and get_ident() == thread and observer in observers.get():  # no other task of asyncio
             tape.forwards += 1
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
-        if module not in outputs or get_ident() != thread:
+        if module not in outputs or get_ident() != thread or observer not in observers.get():
             return None
         seen.add(outputs[module])
         return _each(outputs[module], output, taken)

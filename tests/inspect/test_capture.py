@@ -1,5 +1,6 @@
 """Looking at inner tensors leaves the model as it was, whatever happens; changing them lasts as long as it should."""
 
+import asyncio
 import copy
 import pickle
 import threading
@@ -472,6 +473,21 @@ def test_other_threads_are_neither_seen_nor_disturbed(model, inputs):
     assert errors == []
     assert done
     assert all(done)
+
+
+def test_other_tasks_are_not_seen(model, inputs):
+    async def watched(i):
+        with fl.capture(model, ["vec", "img_in"]) as tape:
+            model(**inputs)
+            await asyncio.sleep((2 - i) / 100)
+            model(**inputs)
+        return tape.forwards, [len(tape.stack(name)) for name in tape]
+
+    async def both():
+        return await asyncio.gather(watched(0), watched(1))
+
+    with torch.no_grad():
+        assert asyncio.run(both()) == [(2, [2, 2])] * 2
 
 
 def test_a_copy_made_while_looking_is_a_model_of_its_own(model, inputs):

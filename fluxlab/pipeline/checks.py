@@ -78,17 +78,9 @@ def check_shown(who: str, kind: str, given: Mapping[str, object]) -> None:
         raise ValueError(f"image is a {type(given['image']).__name__}; {who} takes one picture")
 
 
-def as_texts(prompts: str | Sequence[str]) -> list[str]:
-    """Prompts as a list, each of them text; half a surrogate pair is none."""
-    for prompt in (found := as_list("prompt", prompts)):
-        if not isinstance(prompt, str) or any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            raise ValueError(f"prompt is {prompt!r}; give text")
-    return found
-
-
 def as_batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:
     """As many prompts as seeds."""
-    prompts, seeds = as_texts(prompt), [whole("seed", each, -(2**63)) for each in as_list("seed", seed)]
+    prompts, seeds = as_list("prompt", prompt), [whole("seed", each, -(2**63)) for each in as_list("seed", seed)]
     if len(prompts) == 1:
         prompts *= len(seeds)
     if len(seeds) == 1:

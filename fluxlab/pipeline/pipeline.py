@@ -193,7 +193,8 @@ class Pipeline:
             ValueError: guidance for a model without its embedder; a text encoder's output is not finite.
         """
         prompts = as_list("prompt", prompts)
-        guidance, different = self._guidance(guidance), list(dict.fromkeys(prompts))  # each is encoded once
+        different = [each for i, each in enumerate(prompts) if each not in prompts[:i]]  # each is encoded once
+        guidance = self._guidance(guidance)
         txt, y = (encoded[[different.index(prompt) for prompt in prompts]] for encoded in self.text(different))
         img = pack(noise(seeds, height, width, self.autoencoder.config.z_channels)).to(self.device, self.dtype)
         return first_inputs(img, txt.to(img), y.to(img), height, width, guidance)

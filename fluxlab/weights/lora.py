@@ -32,9 +32,7 @@ class Lora:
             ValueError: a strength is no finite number, or a file is named twice.
         """
         if not isinstance(files, Mapping) or len({str(file) for file in files}) < len(files):
-            raise ValueError(
-                f"files is {files!r}; give each file once, with its strength: {{'style.safetensors': 0.8}}"
-            )
+            raise ValueError(f"files is {files!r}; give each file once, with its strength, as {{'x.safetensors': 1}}")
         self.strengths = {str(file): _checked(file, strength) for file, strength in files.items()}
         self.merged = False
         self._model: Any = modules["transformer"]

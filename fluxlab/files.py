@@ -168,9 +168,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside the real one: it takes the real one's place if all goes well, and is gone if not.
 
     Raises:
-        WeightsError: the folder is not there.
+        WeightsError: the folder is not there, or the path is one itself.
     """
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder; give the path of a file in it")
     if not path.parent.is_dir():
         raise WeightsError(f"{path}: there is no folder {path.parent}; make it first")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:

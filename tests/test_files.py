@@ -435,3 +435,10 @@ def test_an_index_of_shards_that_is_broken_is_refused(tmp_path, text):
 def test_writing_into_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(fl.WeightsError, match=r"there is no folder .*nowhere; make it first"):
         write_tensors({"a": torch.zeros(1)}, tmp_path / "nowhere/file.safetensors")
+
+
+def test_writing_over_a_folder_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(fl.WeightsError, match=r"is a folder; give the path of a file in it"):
+        write_tensors({"a": torch.zeros(1)}, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert not [each for each in tmp_path.parent.iterdir() if each.name.startswith(f".{tmp_path.name}")]

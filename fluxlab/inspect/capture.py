@@ -234,8 +234,11 @@ def _each(name: str, output: Any, take: Take) -> Any:
 def _observer(points: dict[tuple[nn.Module, str], str], take: Callable[..., Tensor], tape: Tape) -> Observer:
     """What ``see`` asks of each of its tensors: some are only remembered, until what is made of them is there."""
     parts: dict[tuple[nn.Module, str], Tensor] = {}
+    thread = get_ident()
 
     def see(module: nn.Module, point: str, tensor: Tensor) -> Tensor:
+        if get_ident() != thread:  # asyncio.to_thread takes the observers along
+            return tensor
         if point == "txt.input":
             tape.text_tokens = tensor.shape[1]
         if name := points.get((module, point)):

@@ -105,12 +105,15 @@ def check_guidance(guidance: float | None, true_cfg: float, negative_prompt: str
         raise ValueError(f"negative_prompt is {negative_prompt!r}; give one string, which serves every picture")
 
 
-def first_step(num_steps: int, image: Image.Image | None, strength: Any) -> tuple[int, float | None]:
+def first_step(
+    num_steps: int, image: Image.Image | None, strength: Any, shown: bool = False
+) -> tuple[int, float | None]:
     """The step that a loop from ``image`` begins with, as diffusers counts it, and the strength by default."""
     if strength is not None and not (isinstance(strength, Real) and 0 < float(strength) <= 1):
         raise ValueError(f"strength is {strength!r}; it must be above 0 and at most 1, where nothing of image is left")
     if image is None and strength is not None:
-        raise ValueError(f"strength is {strength}, but there is no image to start from; give image, or leave it out")
+        why = "this model is shown the image and starts from noise" if shown else "there is no image to start from"
+        raise ValueError(f"strength is {strength}, but {why}; {'' if shown else 'give image, or '}leave it out")
     if image is None:
         return 0, None
     strength = 0.7 if strength is None else strength

@@ -113,7 +113,7 @@ class Pipeline:
         height, width = self._size(height, width, control or (None if self.redux else next(iter(images), None)))
         num_steps = self.variant.num_steps if num_steps is None else whole("num_steps", num_steps)
         weights = as_weights(strength, len(images)) if self.redux else None
-        start, strength = first_step(num_steps, begun, None if weights else strength)
+        start, strength = first_step(num_steps, begun, None if weights else strength, shown=bool(images))
         check_guidance(guidance, true_cfg, negative_prompt)
         times = schedule(num_steps, math.prod(grid(height, width)), shift=self.variant.time_shift)
         pixels = None if begun is None else as_pixels(begun, height, width)

@@ -48,8 +48,12 @@ def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
         before = [each.weight for each in linears]
         torchao.quantize_(pipe.model, getattr(torchao, _CONFIGS[kind])(), lambda module, name: module in linears)
 
+    was = (ends[0].weight.device, ends[0].weight.dtype)
+
     def restore() -> None:
+        now = (ends[0].weight.device, ends[0].weight.dtype)
         for linear, weight in zip(linears, before, strict=True):
+            weight.data = weight.data if now == was else weight.data.to(*now)  # moved or cast since
             linear.weight = weight
 
     handle.later(restore)

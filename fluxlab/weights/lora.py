@@ -145,7 +145,14 @@ class Lora:
     def _set(self, owner: Any, name: str, value: object) -> None:
         before = getattr(owner, name)
         setattr(owner, name, value)
-        self._before.append(lambda: setattr(owner, name, before))
+
+        def restore() -> None:
+            now = getattr(owner, name)
+            if isinstance(before, nn.Parameter) and not now.is_meta:
+                before.data = before.data.to(now)  # the model may have been moved or cast since
+            setattr(owner, name, before)
+
+        self._before.append(restore)
         self._set_to += [(owner, name, value)] if isinstance(value, nn.Parameter) else []
 
 

@@ -490,6 +490,15 @@ def test_other_tasks_are_not_seen(model, inputs):
         assert asyncio.run(both()) == [(2, [2, 2])] * 2
 
 
+def test_a_run_that_asyncio_gives_to_a_thread_is_said_not_to_be_seen(model, inputs):
+    async def watched():
+        with fl.capture(model, ["vec", "img_in"]):
+            await asyncio.to_thread(lambda: model(**inputs))
+
+    with torch.no_grad(), pytest.raises(ValueError, match="run that very module there, in this thread"):
+        asyncio.run(watched())
+
+
 def test_a_copy_made_while_looking_is_a_model_of_its_own(model, inputs):
     with torch.no_grad(), fl.capture(model, ["vec", "img_in"]) as tape, fl.patch(model, "vec", lambda x: 2 * x):
         changed = model(**inputs)

@@ -211,7 +211,11 @@ def test_what_does_not_fit_is_refused_before_the_first_step(members, tiny):
         ("flux-canny-dev", {"image": drawn(), "mask": holes()}, "mask is given, and flux-canny-dev has no use for it;"),
         ("flux-fill-dev", {"image": [drawn()], "mask": holes()}, "image is a list; flux-fill-dev takes one picture"),
         ("flux-kontext-dev", {}, "image is missing"),
-        ("flux-kontext-dev", {"image": drawn(), "strength": 0.5}, "strength is 0.5, but there is no image to start"),
+        (
+            "flux-kontext-dev",
+            {"image": drawn(), "strength": 0.5},
+            "strength is 0.5, but this model is shown the image and",
+        ),
         ("flux-fill-dev", {"image": drawn(), "mask": Image.new("L", (9, 9))}, "mask is black everywhere"),
     ],
 )

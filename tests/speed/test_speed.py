@@ -186,7 +186,8 @@ def test_a_cached_loop_remembers_no_other(pipe):
     """The same loop twice in a row, and again after others: bit for bit, and counted anew."""
     with fl.speed.cache_steps(pipe, 0.2) as cached:
         once, counts = painted(pipe), (cached.forwards, cached.skipped)
-        assert far(painted(pipe), once) == 0 and (cached.forwards, cached.skipped) == counts
+        assert far(painted(pipe), once) == 0
+        assert (cached.forwards, cached.skipped) == counts
         painted(pipe, PROMPTS[1])
         painted(pipe, height=64, width=64)
         assert far(painted(pipe), once) == 0
@@ -224,6 +225,15 @@ def test_quantized_weights_are_small_and_paint_nearly_the_same(pipe, kind, capfd
         assert stored < 1.04 * numbers  # a byte each, and a scale a row
     assert far(painted(pipe, num_steps=20), plain) == 0
     assert not capfd.readouterr().err
+
+
+def test_weights_that_were_quantized_come_back_in_the_dtype_that_the_pipeline_has_now():
+    pipe = fl.load("flux-tiny-dev")
+    handle = fl.speed.quantize(pipe, "int8")
+    pipe.to(torch.bfloat16)
+    handle.undo()
+    assert {p.dtype for p in pipe.model.parameters()} == {torch.bfloat16}
+    assert far(painted(pipe), painted(fl.load("flux-tiny-dev", dtype=torch.bfloat16))) == 0
 
 
 def _stored(weight):

@@ -379,6 +379,16 @@ def test_it_is_seen_compiled_and_kept_small(tmp_path, model):
     torch._dynamo.reset()
 
 
+def test_what_was_merged_comes_off_in_the_dtype_that_the_model_has_now(tmp_path, model):
+    write_tensors(official(model)[0], tmp_path / "x.safetensors")
+    narrow = copy.deepcopy(model).to(torch.bfloat16)
+    lora = Lora({"transformer": model}, {tmp_path / "x.safetensors": 1})
+    lora.merge()
+    model.to(torch.bfloat16)
+    lora.undo()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in narrow.state_dict().items())
+
+
 def test_two_are_taken_off_in_any_order_apart_and_in_their_own_merged(tmp_path, model):
     for number in (1, 2):
         write_tensors(official(model, seed=number)[0], tmp_path / f"{number}.safetensors")

@@ -67,7 +67,7 @@ def generate(
     image: Annotated[
         list[Path] | None, Option(help="A picture to start from, to fill, to change or to vary. For Redux, repeatable.")
     ] = None,
-    mask: Annotated[Path | None, Option(help="For Fill: white where there is to be painted.")] = None,
+    mask: Annotated[Path | None, Option(help="White where --image is to be painted; Fill is made for it.")] = None,
     control: Annotated[Path | None, Option(help="For Canny and Depth: the picture of edges or of depth.")] = None,
     redux: Annotated[Path | None, Option(help="The folder of FLUX.1-Redux-dev, which tells --image as text.")] = None,
     strength: Annotated[float | None, Option(help="How much of --image becomes noise, (0, 1]. [default: 0.7]")] = None,
@@ -180,7 +180,7 @@ def convert(
     to: Annotated[str, Option(help="The layout to write: diffusers, official or comfyui.")] = "diffusers",
     dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16. [default: as it is]")] = None,
 ) -> None:
-    """Convert weights between the official layout and diffusers', and read them back to check."""
+    """Convert weights between official, diffusers' and ComfyUI's layouts, and read them back to check."""
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}; choose float32, bfloat16 or float16")
     convert_model(fl.variant(variant), output, to, source, dtype and getattr(torch, dtype))  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ PROMPTS = (
 _SHOWN = (  # what each relative is shown
     Scene((Thing("ring", "pink", "small"), Thing("square", "blue", "large")), "left of", "white"),
     Scene((Thing("triangle", "orange", "large"), Thing("star", "cyan", "large")), "above", "navy"),
-    Scene((Thing("circle", "red", "large"),), "left", "gray"),
+    Scene((Thing("circle", "red", "large"), Thing("star", "yellow", "large")), "left of", "gray"),
 )
 
 

@@ -41,7 +41,7 @@ def distil_guidance(
 ) -> Flux:
     """Told a guidance g in 1..8, predict ``u + g (c - u)`` of the teacher in one forward: flux-tiny-dev.
 
-    Where ``pictures`` says that the prompt does not decide, the picture's own velocity is what is learned.
+    Where ``pictures`` says that the prompt does not decide, nothing is led away from: ``c`` is what is learned.
 
     Source: "On Distillation of Guided Diffusion Models", Meng et al. 2022.
     """
@@ -58,7 +58,7 @@ def distil_guidance(
     def loss(generator: torch.Generator) -> Tensor:
         chosen, ids = pictures.batch(generator)
         clean, tokens = chosen["latents"], (chosen["t5_ids"], chosen["clip_ids"])
-        img, t, velocity = noisy(clean, generator, recipe.time_mean, recipe.time_spread)
+        img, t, _ = noisy(clean, generator, recipe.time_mean, recipe.time_spread)
         guidance = 1 + 7 * torch.rand(len(clean), generator=generator)
         with torch.no_grad():
             txt, y = text.encode(*tokens)
@@ -67,7 +67,7 @@ def distil_guidance(
             no_txt, no_y = (e.expand_as(x).contiguous() for e, x in zip(empty, (txt, y), strict=True))
             without = predicted(taught, replace(inputs, txt=no_txt, y=no_y), img)
             target = without + guidance[:, None, None] * (with_prompt - without.float())
-            target = torch.where(pictures.changed(chosen), target, velocity)
+            target = torch.where(pictures.changed(chosen), target, with_prompt)
         return F.mse_loss(predicted(forward, replace(inputs, guidance=guidance), img).float(), target)
 
     preview = partial(grid, Pipeline(member, student, autoencoder, text), recipe.previewed)

@@ -80,8 +80,8 @@ def train_fill(
 ) -> tuple[Flux, TextEncoders]:
     """flux-tiny-fill-dev: flux-tiny's teacher with an ``img_in`` for 320 channels more, at first zero; then guidance.
 
-    In the second stage the teacher's guided prediction is the target in the hole alone. Around it the target is the
-    picture's own velocity: what is to be kept does not depend on the prompt, and guidance would exaggerate it.
+    In the second stage the teacher's guided prediction is the target in the hole alone. Around it the target
+    is not guided: what is to be kept does not depend on the prompt, and guidance would exaggerate it.
     """
     encode_holes(run, recipe, autoencoder, text)
     torch.manual_seed(recipe.seed)

@@ -277,5 +277,5 @@ def test_the_lora_in_data_follows_edges_with_the_prompts_colours():
 def test_flux_tiny_kontext_edits_some_pictures_as_told():
     """The card has the shares of 128, which are short of what was aimed at."""
     found = measure_kontext(fl.load("flux-tiny-kontext-dev"), 15)[0]
-    assert found["right"] >= 0.4
-    assert found["kept"] >= 0.3
+    assert found["right"] >= 0.5
+    assert found["kept"] >= 0.4

@@ -5,9 +5,9 @@ Axes: batch B, heads H, tokens L, head width D, channels C.
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from numbers import Integral
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -203,9 +203,7 @@ def _watching(model: nn.Module, names: Names, take: Take, attend: Attend, tape: 
     observer = _observer(points, taken, tape)
     observers.set((*observers.get(), observer))
     try:
-        with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-            # it warns that hooks fire twice: ours ask whose call it is
-            warnings.filterwarnings("ignore", message="Using `torch.compile")
+        with _eagerly():
             yield chosen
     finally:
         observers.set(tuple(each for each in observers.get() if each is not observer))
@@ -220,6 +218,29 @@ def _watching(model: nn.Module, names: Names, take: Take, attend: Attend, tape: 
         raise ValueError(
             f"{unmade[0]!r} was made by none of the {tape.forwards} forwards, so it was neither seen nor changed"
         )
+
+
+_blocks: list[ExitStack] = []  # that are open now, in all threads and tasks
+_lock = Lock()
+
+
+@contextmanager
+def _eagerly() -> Iterator[None]:
+    """Nothing runs compiled meanwhile. Blocks may overlap: the last to end puts back what the first found."""
+    with _lock:
+        _blocks.append(_blocks[0] if _blocks else ExitStack())
+        if len(_blocks) == 1:
+            _blocks[0].enter_context(torch.compiler.set_stance("force_eager"))
+            _blocks[0].enter_context(warnings.catch_warnings())
+            # it warns that hooks fire twice: ours ask whose call it is
+            warnings.filterwarnings("ignore", message="Using `torch.compile")
+    try:
+        yield
+    finally:
+        with _lock:
+            stack = _blocks.pop()
+            if not _blocks:
+                stack.close()
 
 
 def _each(name: str, output: Any, take: Take) -> Any:

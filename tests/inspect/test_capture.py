@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import fluxlab as fl
 from fluxlab.inspect.names import available
@@ -488,6 +489,10 @@ def test_other_tasks_are_not_seen(model, inputs):
 
     with torch.no_grad():
         assert asyncio.run(both()) == [(2, [2, 2])] * 2
+
+    counter = CompileCounter()
+    torch.compile(torch.sin, backend=counter)(torch.zeros(2))
+    assert counter.frame_count == 1  # blocks that overlapped leave compilation as it was
 
 
 def test_a_run_that_asyncio_gives_to_a_thread_is_said_not_to_be_seen(model, inputs):

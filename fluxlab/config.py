@@ -232,10 +232,8 @@ def _schnell(base: Variant, **differences: Any) -> Variant:
 
 
 TINY_FILL = _relative(_TINY_DEV, "Fill", 384, pipeline="FluxFillPipeline", shown="hole")
-_WORDS: dict[str, Any] = {
-    "t5": "flux-tiny/kontext/t5",
-    "clip": "flux-tiny/kontext/clip",
-}  # its own: instructions have other words
+# encoders of its own: instructions have other words
+_WORDS: dict[str, Any] = {"t5": "flux-tiny/kontext/t5", "clip": "flux-tiny/kontext/clip"}
 TINY_KONTEXT = _relative(_TINY_DEV, "Kontext", **_WORDS, pipeline="FluxKontextPipeline", shown="reference")
 
 VARIANTS: dict[str, Variant] = {

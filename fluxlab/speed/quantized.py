@@ -53,7 +53,8 @@ def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
     def restore() -> None:
         now = (ends[0].weight.device, ends[0].weight.dtype)
         for linear, weight in zip(linears, before, strict=True):
-            weight.data = weight.data if now == was else weight.data.to(*now)  # moved or cast since
+            if now != was:  # moved or cast since
+                weight.data = weight.data.to(*now)
             linear.weight = weight
 
     handle.later(restore)

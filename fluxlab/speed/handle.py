@@ -23,6 +23,14 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
+def _refuse_a_copy(memo: dict[int, Any]) -> None:
+    """
+    Raises:
+        ValueError: as the copy would run what was put on the original, with the original's weights.
+    """
+    raise ValueError("a model with a speed-up on cannot be copied: undo it first")
+
+
 class Handle:
     """One thing that was put on: a context manager; ``str`` of it says what, as the picture's ``info`` does."""
 
@@ -44,6 +52,8 @@ class Handle:
         else:
             self.later(partial(own.pop, name))
         own[name] = method
+        if name == "forward":
+            self.put(self.pipe.model, _refuse_a_copy, "__deepcopy__")
 
     def later(self, undo: Callable[[], object]) -> None:
         """What else ``undo`` has to do; what comes last is done first."""

@@ -16,8 +16,8 @@ def stream(module: nn.Module, tensors: Tensors, device: torch.device | str = "cp
     """Keep a module's parameters on the meta device, and give each layer its own from ``tensors`` while it runs.
 
     On a CPU, weights that need no change stay mapped to their file, and others take the memory of one layer. To a GPU
-    the next layer's are on their way while one computes: two layers' memory. It serves one forward at a time. What is
-    returned ends it, and leaves the parameters on the meta device.
+    the next layer's are on their way while one computes: two layers' memory. It serves one forward at a time, and a
+    copy of the module is refused. What is returned ends it, and leaves the parameters on the meta device.
     """
     hooks: list[RemovableHandle] = []
     device = torch.device(device)
@@ -52,6 +52,10 @@ def stream(module: nn.Module, tensors: Tensors, device: torch.device | str = "cp
         for name, path in names[layer].items():
             setattr(layer, name, nn.Parameter(tensors.entries[path], requires_grad=False))
 
+    def refuse_a_copy(memo: dict[int, Any]) -> None:
+        raise ValueError("a model whose weights stay in their file cannot be copied: load it again")
+
+    vars(module)["__deepcopy__"] = refuse_a_copy
     for path, layer in module.named_modules():
         names[layer] = {name: f"{path}.{name}".lstrip(".") for name, _ in layer.named_parameters(recurse=False)}
         if names[layer]:
@@ -60,6 +64,7 @@ def stream(module: nn.Module, tensors: Tensors, device: torch.device | str = "cp
             hooks.append(layer.register_forward_hook(go, always_call=True))
 
     def stop() -> None:
+        del vars(module)["__deepcopy__"]
         for hook in hooks:
             hook.remove()
 

@@ -1,8 +1,10 @@
 """What fluxlab.speed puts on: the same pictures, each taken off again, alone and together."""
 
+import copy
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from itertools import combinations, permutations
 
 import numpy as np
@@ -330,6 +332,18 @@ def test_twice_is_refused_and_so_is_undoing_in_another_order(pipe, name):
     handle.undo()
     with pytest.raises(ValueError, match="is off already"):
         handle.undo()
+
+
+@pytest.mark.parametrize("name", ["compile", "modulation_ahead", "cache_steps"])
+def test_a_copy_that_would_run_the_originals_weights_is_refused(pipe, name):
+    inputs = pipe.prepare([PROMPTS[0]], [0], 128, 128)
+    with PUT[name](pipe), PUT["cache_steps"](pipe) if name != "cache_steps" else nullcontext():
+        for run in (copy.deepcopy, lambda model: fl.compare(model, model, inputs), lambda _: copy.deepcopy(pipe)):
+            with pytest.raises(ValueError, match="a model with a speed-up on cannot be copied: undo it first"):
+                run(pipe.model)
+    changed = copy.deepcopy(pipe.model)
+    changed.double_blocks[1].img_mlp[0].bias.data += 1
+    assert fl.compare(pipe.model, changed, inputs).first == "double_blocks.1.img_mlp.0"
 
 
 @pytest.mark.usefixtures("as_users_run_it")

@@ -1,5 +1,6 @@
 """Quantized files: GGUF beside the gguf package, scaled fp8 beside its formula; kept small, and what is refused."""
 
+import copy
 import json
 
 import gguf
@@ -286,6 +287,8 @@ def test_a_pipeline_in_little_memory_paints_the_same(tiny):
     options = {"num_steps": 2, "progress": False}
     pictures = [np.asarray(pipe("a red ring", **options)).astype(int) for pipe in (little, tiny)]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1  # weights at other addresses may round otherwise
+    with pytest.raises(ValueError, match="a model whose weights stay in their file cannot be copied: load it again"):
+        copy.deepcopy(little.model)
     with pytest.raises(ValueError, match="with low_memory, weights come from their files as they run; load with that"):
         little.to(torch.bfloat16)
 

@@ -135,8 +135,8 @@ class AutoEncoderConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
-        if not self.ch_mult:
-            raise ConfigError("ch_mult is empty; it must name the features of at least one resolution")
+        if not self.ch_mult or not all(isinstance(mult, int) and mult > 0 for mult in self.ch_mult):
+            raise ConfigError(f"ch_mult is {self.ch_mult}; give whole numbers of at least 1, one for each resolution")
         _check_sizes(self, "resolution", "in_channels", "ch", "out_ch", "num_res_blocks", "z_channels", "norm_groups")
         if not 0 < self.scale_factor < inf or not -inf < self.shift_factor < inf:
             factors = f"scale_factor is {self.scale_factor} and shift_factor {self.shift_factor}"

@@ -33,13 +33,16 @@ def test_groups_that_do_not_divide_the_features_are_refused():
         fl.AutoEncoderConfig(ch=48)
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"scale_factor": 0.0}, "scale_factor is 0.0 .* both must be finite, and scale_factor above 0"),
         ({"shift_factor": float("nan")}, "shift_factor nan; both must be finite"),
         ({"ch": 0}, "ch is 0; it must be a whole number of at least 1"),
-        ({"ch_mult": ()}, "ch_mult is empty"),
+        ({"ch_mult": ()}, r"ch_mult is \(\); give whole numbers"),
+        ({"ch_mult": (1, -2)}, r"ch_mult is \(1, -2\); give whole numbers of at least 1"),
+        ({"ch_mult": (1, 1.5)}, r"ch_mult is \(1, 1.5\); give whole numbers"),
     ],
 )
 def test_an_autoencoder_of_nothing_is_refused(changes, message):

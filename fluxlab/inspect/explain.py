@@ -38,6 +38,8 @@ def explain(name: str, variant: str = "flux-dev") -> None:
 
 def explanation(name: str, variant: str = "flux-dev") -> str:
     """What ``explain`` prints."""
+    if not isinstance(name, str):
+        raise ValueError(f"name is {name!r}; give a name such as 'vec', or a pattern such as 'single_blocks.*'")
     chosen = described(variant)
     known = named(chosen.transformer, "input", "tensor", "weight", "symbol")
     found = [

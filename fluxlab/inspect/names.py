@@ -70,9 +70,10 @@ def choose(module: nn.Module, names: Names) -> tuple[list[str], dict[str, list[s
         if not chosen:
             raise ValueError(f"names is a function that chose none of the {len(known)} tensors, such as {known[0]!r}")
         return (ordered := [name for name in known if name in chosen]), {"names": ordered}
-    patterns = [names] if isinstance(names, str) else list(names)
-    if not patterns:
-        raise ValueError("names is empty; give a name, a pattern such as 'double_blocks.*.img.output', or a list")
+    patterns = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
+    if not patterns or not all(isinstance(each, str) for each in patterns):
+        said = f"names is {names!r}" if patterns else "names is empty"
+        raise ValueError(f"{said}; give a name, a pattern such as 'double_blocks.*.img.output', or a list")
     modules = [name for name in unwrapped(module) if name]
     picked: dict[str, list[str]] = {}
     for pattern in patterns:

@@ -6,6 +6,7 @@ Axes: batch B, tokens L = text T + image I, channels C.
 
 from contextlib import suppress
 from dataclasses import fields, replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -128,13 +129,15 @@ class Flux(Observed):
             if name in ("txt", "y") and (tensor.device, tensor.dtype) != (img.device, img.dtype):
                 said = f"{name} is {tensor.dtype} on {tensor.device}, and img is {img.dtype} on {img.device}"
                 raise ValueError(f"{said}; give both alike, as the weights are")
-            if name not in ("img", "txt", "y") and tensor.dtype in (torch.bfloat16, torch.float16):
+            if name not in ("img", "txt", "y") and tensor.is_floating_point() and tensor.itemsize < 4:
                 raise ValueError(f"{name} is {tensor.dtype}, which rounds it; give float32")
         t = tensors["timesteps"]
         if t.device.type == "cpu" and not torch.compiler.is_compiling():  # where a look at the values costs nothing
             with suppress(RuntimeError):  # nor can those of a fake tensor be looked at
                 if wrong := [value for value in t.tolist() if not 0 <= value <= 1]:
                     raise ValueError(f"timesteps has {wrong[0]:g}; t is in [0, 1], and the model multiplies it by 1000")
+                if wrong := [value for value in tensors.get("guidance", t).tolist() if not isfinite(value)]:
+                    raise ValueError(f"guidance has {wrong[0]}; give finite numbers, such as 3.5")
 
 
 def build(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:

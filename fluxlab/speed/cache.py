@@ -54,10 +54,10 @@ def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
     """
     if not (isinstance(threshold, int | float) and 0 <= threshold < float("inf")):
         raise ValueError(f"threshold is {threshold!r}; give a number from 0, which never skips, such as 0.1")
+    handle = CacheHandle(pipe, "cache_steps", f"cache_steps({threshold:g})")
     doubles, singles = list(pipe.model.double_blocks), list(pipe.model.single_blocks)
     if not doubles or not singles:
         raise ValueError("cache_steps compares what the first double block does; this model has none, or no other")
-    handle = CacheHandle(pipe, "cache_steps", f"cache_steps({threshold:g})")
     kept: list[_Kept] = []  # one for the prompt, one for what is led away from
     now: Any = None
     skipping, middle = False, torch.empty(0)

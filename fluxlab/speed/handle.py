@@ -35,6 +35,8 @@ class Handle:
     """One thing that was put on: a context manager; ``str`` of it says what, as the picture's ``info`` does."""
 
     def __init__(self, pipe: Pipeline, kind: str, said: str) -> None:
+        if not isinstance(pipe, Pipeline):
+            raise ValueError(f"pipe is a {type(pipe).__name__}; give the pipeline that fl.load makes")
         self.pipe, self.kind, self.said = pipe, kind, said
         self._stack = ExitStack()
         on = [handle.kind for handle in pipe.speedups]

@@ -121,7 +121,8 @@ def test_a_wrong_name_is_told_the_nearest(model, name, said):
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize("names", [[], lambda name: False])
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("names", [[], 3, None, ["vec", 3], lambda name: False])
 def test_no_name_is_refused(model, names):
     with pytest.raises(ValueError, match="names is"), fl.capture(model, names):
         pass

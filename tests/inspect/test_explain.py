@@ -57,9 +57,12 @@ def test_a_pattern_tells_each_kind_once(capsys):
     ]
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 def test_a_name_that_is_none_is_told_the_nearest():
     with pytest.raises(ValueError, match=r"did you mean 'double_blocks\.0\.img_attn\.qkv"):
         fl.explain("double_blocks.0.img_attn.kqv.weight")
+    with pytest.raises(ValueError, match="name is 3; give a name such as 'vec'"):
+        fl.explain(3)
     with pytest.raises(ValueError, match="no name of flux-schnell"):
         fl.explain("guidance_in.in_layer.weight", "flux-schnell")
 

@@ -32,6 +32,12 @@ CASES = {
     "a time of the 1000 scale": ({"timesteps": torch.tensor([712.3])}, r"timesteps has 712.3.*; t is in \[0, 1\]"),
     "a time before the start": ({"timesteps": torch.tensor([-0.1])}, r"timesteps has -0.1"),
     "a time that is not a number": ({"timesteps": torch.tensor([float("nan")])}, "timesteps has nan"),
+    "a time of eight bits": (
+        {"timesteps": torch.tensor([0.5]).to(torch.float8_e4m3fn)},
+        "is torch.float8_e4m3fn, which",
+    ),
+    "a guidance that is not a number": ({"guidance": torch.tensor([float("nan")])}, "guidance has nan; give finite"),
+    "a guidance without end": ({"guidance": torch.tensor([-float("inf")])}, "guidance has -inf; give finite"),
     "a guidance that is no tensor": ({"guidance": 3.5}, "guidance is 3.5; give a tensor"),
     "missing text": ({"txt": None}, "txt is None; give a tensor"),
     "missing guidance": ({"guidance": None}, r"guidance is None, but this model has a guidance embedder; give one"),

@@ -372,6 +372,13 @@ def test_no_such_threshold(pipe, threshold):
         fl.speed.cache_steps(pipe, threshold)
 
 
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("name", PUT)
+def test_a_model_is_no_pipeline(pipe, name):
+    with pytest.raises(ValueError, match=r"pipe is a Flux; give the pipeline that fl\.load makes"):
+        PUT[name](pipe.model)
+
+
 def test_sharding_one_process_is_refused(pipe):
     with pytest.raises(ValueError, match="this is one process; start several: torchrun"):
         fl.speed.shard(pipe)

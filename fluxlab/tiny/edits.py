@@ -16,11 +16,11 @@ from torch import Tensor
 
 from fluxlab.tiny.measure import judge
 from fluxlab.tiny.truth import OPTIONS, UNASKED, options_of
-from fluxlab.tiny.world import BACKGROUNDS, COLOURS, SHAPES, Picture, Scene, Thing, draw_scene, random_scene
+from fluxlab.tiny.world import BACKGROUNDS, COLOURS, SHAPES, SIDES, Picture, Scene, Thing, draw_scene, random_scene
 
 KINDS = ("colour", "shape", "remove", "add", "background")
 _KEPT = 6  # of 255: the mean error off the edit below which the rest was left as it was
-_SIDES = {"left of": ("left of", "right of"), "above": ("above", "below")}  # of the first thing, and of the second
+_BESIDE = {"left of": ("left of", "right of"), "above": ("above", "below")}  # the other: the first thing, the second
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def random_edit(rng: Generator, held_out: bool = False, kind: str | None = None)
         if asked == "background":
             changed = after.masks.max(axis=0) < 1
         words = _instruction(asked, scene, new, which, rng)
-        where = {"left of": ("left", "right"), "above": ("top", "bottom")}.get(scene.where, (scene.where,))[which]
+        where = SIDES.get(scene.where, (scene.where,))[which]
         return Edit(asked, shown, after, words, thing, new.things[which], where, changed)
 
 
@@ -80,7 +80,7 @@ def _instruction(kind: str, before: Scene, after: Scene, which: int, rng: Genera
     alike = sum(each.shape == thing.shape for each in before.things) > 1
     name = f"the {thing.colour} {thing.shape}" if alike or rng.random() < 0.3 else f"the {thing.shape}"
     if kind == "add":
-        return f"put {thing.words()} {_SIDES[before.where][which]} it"
+        return f"put {thing.words()} {_BESIDE[before.where][which]} it"
     options = {
         "colour": (f"make {name} {new.colour}", f"turn {name} {new.colour}"),
         "shape": (f"turn {name} into a {new.shape}", f"make {name} a {new.shape}"),

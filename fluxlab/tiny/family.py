@@ -34,6 +34,7 @@ from fluxlab.tiny.distil import distil_guidance
 from fluxlab.tiny.edits import ASKED, KINDS, Edit, judge_edit, of_edits, random_edit
 from fluxlab.tiny.holes import Hole, judge_hole, masks_of, random_hole, scenes_with_holes
 from fluxlab.tiny.loop import fit
+from fluxlab.tiny.measure import mean_of
 from fluxlab.tiny.pictures import USUAL, Examples, Pictures, draw, encode, pixels_of, save_grid, to_float
 from fluxlab.tiny.recipe import Recipe
 from fluxlab.tiny.train_flow import learn_flow
@@ -126,8 +127,7 @@ def measure_fill(pipe: Pipeline, number: int = 128, **options: Any) -> list[dict
             inside = masks_of(torch.tensor([hole.box]), *USUAL)[0, 0].bool().numpy()[..., None]
             pasted.append(judge_hole(np.where(inside, painted, picture.pixels), picture, which, hole))
         for outside, judged in (("as painted", plain), ("pasted back", pasted)):
-            means = {name: round(float(np.mean([each[name] for each in judged])), 4) for name in judged[0]}
-            rows.append({"hole is": "half" if half else "box", "outside": outside, **options, **means})
+            rows.append({"hole is": "half" if half else "box", "outside": outside, **options, **mean_of(judged)})
     return rows
 
 
@@ -263,8 +263,7 @@ def measure_kontext(pipe: Pipeline, number: int = 128, **options: Any) -> list[d
     rows = []
     for kind in ("all", *KINDS[:number]):
         some = [found for own, found in judged if kind in ("all", own)]
-        means = {name: round(float(np.mean([each[name] for each in some])), 4) for name in some[0]}
-        rows.append({"edit": kind, "number": len(some), **options, **means})
+        rows.append({"edit": kind, "number": len(some), **options, **mean_of(some)})
     return rows
 
 

@@ -108,8 +108,12 @@ def _placed(scene: Scene, middles: list[tuple[float, float]]) -> bool:
 
 def report(pictures: Iterable[tuple[NDArray[np.uint8], Scene]]) -> dict[str, float]:
     """The mean of each attribute over many pictures."""
-    judged = [judge(pixels, scene) for pixels, scene in pictures]
-    return {name: float(np.mean([each[name] for each in judged])) for name in judged[0]}
+    return mean_of([judge(pixels, scene) for pixels, scene in pictures])
+
+
+def mean_of(judged: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of each of the numbers that were found, over all of them, to four places."""
+    return {name: round(float(np.mean([each[name] for each in judged])), 4) for name in judged[0]}
 
 
 SETTINGS: dict[bool, tuple[dict[str, Any], ...]] = {  # of a model with a guidance embedder, and of one without
@@ -145,6 +149,5 @@ def measure_all(pipe: Pipeline, number: int = 256) -> list[dict[str, Any]]:
     """One row for each of the ``SETTINGS`` of this model; what a row does not name is as usual."""
     rows = []
     for options in tqdm(SETTINGS[pipe.model.config.guidance_embed], desc=f"measuring {pipe.variant.name}"):
-        found = measure(pipe, number, **options)
-        rows.append({"variant": pipe.variant.name, **options, **{k: round(v, 4) for k, v in found.items()}})
+        rows.append({"variant": pipe.variant.name, **options, **measure(pipe, number, **options)})
     return rows

@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from fluxlab.tiny.world import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Picture, Scene, Thing
+from fluxlab.tiny.world import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIDES, SIZES, Picture, Scene, Thing
 
 SLOTS = (*PLACES, "background")
 OPTIONS = (("nothing", *COLOURS), ("nothing", *SHAPES), ("nothing", *SIZES), tuple(BACKGROUNDS))  # one row a question
 NUMBER = sum(len(words) for words in OPTIONS)
-_TWO = {"left of": ("left", "right"), "above": ("top", "bottom")}  # where two things stand
 UNASKED = -100  # the target that cross-entropy skips
 _COVERED = 0.2  # share of a token's square that a thing must cover to count as there
 
@@ -28,7 +27,7 @@ def of_slots(scenes: list[Scene]) -> Int[Tensor, "batch slots 4"]:
     right[:, :-1, 3] = right[:, -1, :3] = UNASKED
     for row, scene in zip(right, scenes, strict=True):
         row[-1, 3] = OPTIONS[3].index(scene.background)
-        for place, thing in zip(_TWO.get(scene.where, (scene.where,)), scene.things, strict=True):
+        for place, thing in zip(SIDES.get(scene.where, (scene.where,)), scene.things, strict=True):
             row[SLOTS.index(place), :3] = options_of(thing)
     return torch.from_numpy(right)
 

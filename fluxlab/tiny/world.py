@@ -27,7 +27,7 @@ COLOURS = {
 BACKGROUNDS = {"white": (250, 250, 250), "black": (12, 12, 12), "gray": (128, 128, 128), "navy": (16, 24, 72)}
 SIZES = {"small": 0.15, "large": 0.21}  # radius over the shorter side of the picture
 PLACES = {"left": (0.28, 0.5), "right": (0.72, 0.5), "top": (0.5, 0.28), "bottom": (0.5, 0.72), "center": (0.5, 0.5)}
-RELATIONS = ("left of", "above")
+SIDES = {"left of": ("left", "right"), "above": ("top", "bottom")}  # where two things stand, by their relation
 PICTURE_SIZES = ((128, 128), (128, 192), (192, 128), (192, 192), (256, 256))  # height, width in pixels
 
 _PLACE_WORDS = {
@@ -77,8 +77,7 @@ class Scene:
 
     def without(self, which: int) -> "Scene":
         """The scene with one of its two things left out."""
-        where = {"left of": ("left", "right"), "above": ("top", "bottom")}[self.where][1 - which]
-        return Scene((self.things[1 - which],), where, self.background)
+        return Scene((self.things[1 - which],), SIDES[self.where][1 - which], self.background)
 
     def caption(self, rng: Generator | None = None, complete: bool = True) -> str:
         """One phrasing of the scene.
@@ -128,7 +127,7 @@ def random_scene(rng: Generator, held_out: bool = False) -> Scene:
             Thing(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), str(rng.choice(list(SIZES))))
             for _ in range(1 + (rng.random() < 0.6))
         )
-        where = str(rng.choice(list(PLACES) if len(things) == 1 else RELATIONS))
+        where = str(rng.choice(list(PLACES if len(things) == 1 else SIDES)))
         scene = Scene(things, where, str(rng.choice(list(BACKGROUNDS))))
         looks = {(thing.shape, thing.colour) for thing in things}
         if len(looks) == len(things) and scene.held_out == held_out:

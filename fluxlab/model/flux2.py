@@ -40,7 +40,7 @@ class DoubleStreamBlock2(DoubleStreamBlock):
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_hidden_dim: int) -> None:
         super().__init__(hidden_size, num_heads, mlp_hidden_dim)
-        del self.img_mod, self.txt_mod
+        self.img_mod = self.txt_mod = None  # type: ignore[assignment]
         self.img_mlp = gated_mlp(hidden_size, mlp_hidden_dim)  # type: ignore[assignment]
         self.txt_mlp = gated_mlp(hidden_size, mlp_hidden_dim)  # type: ignore[assignment]
 
@@ -67,7 +67,7 @@ class SingleStreamBlock2(SingleStreamBlock):
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_hidden_dim: int) -> None:
         super().__init__(hidden_size, num_heads, 2 * mlp_hidden_dim)
-        del self.modulation
+        self.modulation = None  # type: ignore[assignment]
         self.linear2 = nn.Linear(hidden_size + mlp_hidden_dim, hidden_size)
         self.mlp_act = SwiGLU()  # type: ignore[assignment]
 

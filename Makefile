@@ -38,12 +38,12 @@ test: .venv/.installed browser
 	$(BIN)/mypy
 	$(REUSE) OMP_NUM_THREADS=1 $(BIN)/pytest --nbmake --disable-plugin-autoload -p nbmake -p xdist --numprocesses=logical --maxprocesses=4 --maxschedchunk=1
 
-# Some tests open graphs in Netron in a real browser. As root on Debian, as in CI, it is installed; else only said.
+# Some tests open the site and graphs in a real browser. As root on Debian, as in CI, it is installed; else only said.
 browser:
-	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
 		(apt-get update -qq; apt-get install -y -qq --no-install-recommends chromium) >/dev/null 2>&1; } || \
-		echo "no Chromium: tests that open Netron will be skipped; on Debian or Ubuntu: apt-get install chromium"
+		echo "no Chromium: tests that need a browser will be skipped; on Debian or Ubuntu: apt-get install chromium"
 
 lab: .venv/.installed
 	$(BIN)/jupyter lab --notebook-dir=notebooks

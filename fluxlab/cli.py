@@ -13,6 +13,7 @@ from PIL import Image
 from typer import Argument, Option
 
 import fluxlab as fl
+from fluxlab.config import FLUX2
 from fluxlab.course.gallery import gallery, relatives
 from fluxlab.files import replacing
 from fluxlab.onnx.export import GRAPHS, PARTS
@@ -165,11 +166,12 @@ def summary(
     width: Annotated[int | None, Option(help="Of the picture, in pixels.")] = None,
 ) -> None:
     """Print a model's layers, and where its parameters, operations and gigabytes are."""
-    inputs = fl.example_inputs(variant, height=height, width=width, device="meta")
-    typer.echo(fl.summary(fl.build(variant, device="meta"), inputs, depth))
-    tables = fl.parameter_table(variant), fl.parameter_table(variant, by="kind")
-    for table in (*tables, fl.flops(variant, height, width), fl.memory(variant, height, width)):
-        typer.echo(f"\n{table}")
+    tables = [fl.parameter_table(variant), fl.parameter_table(variant, by="kind")]
+    tables += [fl.flops(variant, height, width), fl.memory(variant, height, width)]
+    if variant not in FLUX2:  # whose tables alone are here
+        inputs = fl.example_inputs(variant, height=height, width=width, device="meta")
+        tables.insert(0, fl.summary(fl.build(variant, device="meta"), inputs, depth))
+    typer.echo("\n\n".join(map(str, tables)))
 
 
 @_command

@@ -31,11 +31,19 @@ class Browser:
             [CHROMIUM, *OPTIONS, "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"],
             stderr=subprocess.DEVNULL,
         )
+        try:
+            self._connect(profile)
+        except BaseException:
+            self.process.kill()
+            raise
+
+    def _connect(self, profile):
         port_file = profile / "DevToolsActivePort"
         wait_for(port_file.exists)
         wait_for(lambda: len(port_file.read_text().splitlines()) == 2)
         port = port_file.read_text().splitlines()[0]
-        pages = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json"))
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as answer:
+            pages = json.load(answer)
         page = next(each for each in pages if each["type"] == "page")
         self.socket = websocket.create_connection(page["webSocketDebuggerUrl"], timeout=60)
         self.numbers = itertools.count(1)

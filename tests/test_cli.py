@@ -92,6 +92,7 @@ def test_explain_and_summary_print_what_the_library_says():
     shown = run("summary", "--variant", "flux-schnell", "--depth", 1, "--height", 512, "--width", 512).output
     assert "11,891,178,560 parameters" in shown
     assert repr(fl.flops("flux-schnell", 512, 512)) in shown
+    assert repr(fl.memory("flux2-klein-4b")) in run("summary", "--variant", "flux2-klein-4b").output
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from itertools import product
-from math import floor, log10
+from math import floor, log10, prod
 from typing import Any
 
 
@@ -37,12 +37,17 @@ def _forms(answer: Any) -> Iterator[str]:
     if isinstance(answer, (bool, str)):
         yield str(answer).strip().lower()
     elif hasattr(answer, "__len__"):
-        yield from map(" ".join, product(*map(_forms, answer)))
+        forms = [list(_forms(each)) for each in answer]
+        if prod(map(len, forms)) > 10**5:
+            raise ValueError("more numbers than an answer has")
+        yield from map(" ".join, product(*forms))
     else:
         value = float(answer)
-        unit = 10.0 ** (floor(log10(abs(value))) - 2) if value else 1.0
-        exact = value == int(value)  # a count, say: its neighbours are wrong
-        yield from (f"{value + n * unit:.2e}" if not exact else f"{value:.9g}" for n in ((0,) if exact else (0, -1, 1)))
+        if abs(value - round(value)) <= 1e-6 * min(1, abs(value)):  # a count, say: its neighbours are wrong
+            yield from (f"{round(value):.9g}", f"{value:.2e}")
+        else:
+            unit = 10.0 ** (floor(log10(abs(value))) - 2)
+            yield from (f"{value + n * unit:.2e}" for n in (0, -1, 1))
 
 
 def _hashed(form: str) -> str:

@@ -46,6 +46,7 @@ def capture(
         model: a ``Flux``, one of its blocks, or any module, compiled or not; of others, the layers' outputs have names.
         names: a name, a pattern such as ``"double_blocks.*.img.output"``, a list of them, or a function of a name.
             Attention weights (``"double_blocks.7.attention"``) are computed only where the pattern has that word.
+            Of a tensor that ``patch`` changes, a capture inside its block keeps the new one, one around it the old.
         heads: of the attention weights, these heads alone.
         queries: of the attention weights, these rows alone: a slice of tokens, ``"text"`` or ``"image"``.
         keys: likewise the columns.
@@ -56,9 +57,9 @@ def capture(
         limit: GiB that the tape may hold.
 
     Raises:
-        ValueError: a name picks nothing; heads or tokens that the model has not; a dtype that holds no fractions; a
-            tensor made outside the model's forward; at the end of the block, a model that did not run in it, a forward
-            that was asked for and not run, or a name that no forward made.
+        ValueError: a name picks nothing; heads or tokens that the model does not have, or of no attention; a dtype that
+            holds no fractions; a tensor made outside the model's forward; at the end of the block, a model that did not
+            run in it, a forward that was asked for and not run, or a name that no forward made.
         MemoryError: the tape would grow above the limit.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -103,10 +104,16 @@ def capture(
             raise ValueError(f"queries is {queries!r} and keys is {keys!r}; of {q.shape[2]} tokens they pick none")
         count = q.shape[0] * (1 if mean_heads else len(picked)) * height * width
         if keep(name, q, count * (dtype or torch.float32).itemsize):
-            put(name, attention_weights(q, k, picked, rows, columns, mean_heads))
+            if (changed := getattr(attended, "changed_weights", None)) is not None:
+                changed = changed[:, picked][:, :, rows, columns].float()
+                put(name, changed.mean(1, keepdim=True) if mean_heads else changed)
+            else:
+                put(name, attention_weights(q, k, picked, rows, columns, mean_heads))
         return attended
 
-    with _watching(model, names, take, attend, tape):
+    with _watching(model, names, take, attend, tape) as chosen:
+        if (tape.heads or queries or keys) and not any(name.split(".")[-1] == "attention" for name in chosen):
+            raise ValueError("heads, mean_heads, queries and keys are of attention weights, and names picks none")
         yield tape
     if late := [index for index in forwards or () if index >= tape.forwards]:
         raise ValueError(f"forwards has {late[0]}, counted from 0, and the model ran {tape.forwards} times")
@@ -145,7 +152,10 @@ def patch(model: nn.Module, name: Names, change: Change) -> Iterator[None]:
 
     def attend(name: str, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> Tensor:
         weights = attention_weights(q, k, range(q.shape[1]), slice(None), slice(None)).to(v.dtype)
-        return rearrange(apply(name, weights) @ v, "b h l d -> b l (h d)")
+        weights = apply(name, weights)
+        attended = rearrange(weights @ v, "b h l d -> b l (h d)")
+        attended.changed_weights = weights  # type: ignore[attr-defined]  # for a capture inside this block
+        return attended
 
     with _watching(model, name, apply, attend, Tape()) as chosen:
         if "clean" in chosen:
@@ -209,7 +219,7 @@ def _watching(model: nn.Module, names: Names, take: Take, attend: Attend, tape: 
         observers.set(tuple(each for each in observers.get() if each is not observer))
         before_handle.remove()
         after_handle.remove()
-    if not tape.forwards:
+    if not tape.forwards and not seen:  # a part of an autoencoder runs without a forward of the whole
         raise ValueError(
             f"the {type(model).__name__} that was given did not run inside the with block, so there is nothing to see "
             f"or to change; run that very module there, in this thread, not a copy or an exported form of it"

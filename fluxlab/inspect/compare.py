@@ -39,22 +39,29 @@ class Comparison:
 
 
 def compare(
-    a: Run, b: Run, inputs: FluxInputs | Mapping[str, Tensor] | None = None, tolerance: float = 1e-5
+    a: Run,
+    b: Run,
+    inputs: FluxInputs | Mapping[str, Tensor] | None = None,
+    tolerance: float = 1e-5,
+    limit: float = 4.0,
 ) -> Comparison:
     """Compare the tensors of two runs, one by one.
 
-    Each of the two is a tape, a dict of named tensors, or a module; modules are run here on ``inputs``, as copies,
-    in float32 and, where the device has it, again in float64. A ``FluxTransformer2DModel`` of diffusers is called with
-    its own names, and what its layers give is put under the official ones. Where a tape has several forwards, the
-    tensor ``vec`` of forward 3 is called ``3/vec``, and they are compared in the order of the run.
+    Each of the two is a tape, a dict of named tensors, or a module. Two modules are run here on ``inputs``, as copies,
+    in float32 and, where the device has it, again in float64; one beside a tape or a dict runs as it is. A
+    ``FluxTransformer2DModel`` of diffusers is called with its own names, and what its layers give is put under the
+    official ones. Where a tape has several forwards, the tensor ``vec`` of forward 3 is called ``3/vec``, and they are
+    compared in the order of the run.
 
     Args:
         a: the first run.
         b: the second.
         inputs: what the modules are called with, by name.
         tolerance: largest difference over the largest value that counts as the same, in the widest dtype that was run.
+        limit: GiB that the tensors of one run may take.
 
     Raises:
+        MemoryError: they take more.
         ValueError: a module without inputs, or no name in common; shapes that differ.
     """
     a, b = (unwrapped(run)[""] if isinstance(run, nn.Module) else run for run in (a, b))
@@ -64,7 +71,7 @@ def compare(
         widths = [torch.float32]  # all that this device has
     rows: dict[str, dict[str, Any]] = {}
     for dtype in widths:
-        ours, theirs = (_tensors(run, inputs, dtype) for run in (a, b))
+        ours, theirs = (_tensors(run, inputs, dtype, limit) for run in (a, b))
         if isinstance(a, Flux) and hasattr(b, "single_transformer_blocks"):
             theirs = _official(theirs, a)
         elif isinstance(b, Flux) and hasattr(a, "single_transformer_blocks"):
@@ -91,7 +98,7 @@ def _difference(name: str, a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 def _tensors(
-    run: Run, inputs: FluxInputs | Mapping[str, Tensor] | None, dtype: torch.dtype | None
+    run: Run, inputs: FluxInputs | Mapping[str, Tensor] | None, dtype: torch.dtype | None, limit: float
 ) -> dict[str, Tensor]:
     if isinstance(run, Tape) and len(run.captured) > 1:
         return {f"{i}/{name}": tensor for i in run.captured for name, tensor in run.forward(i).items()}
@@ -109,7 +116,7 @@ def _tensors(
         given = _for_diffusers(given)
     elif isinstance(module, Flux):  # with the layers whose outputs have no entry of their own
         names += [name for name, part in module.named_modules() if isinstance(part, nn.Linear) and name not in names]
-    with torch.no_grad(), capture(module, set(names).__contains__) as tape:
+    with torch.no_grad(), capture(module, set(names).__contains__, limit=limit) as tape:
         module(**given)
     return dict(tape)
 

@@ -30,7 +30,7 @@ prompt   | 30 410 0    | T                  | prompt      |
 noise    | 432 590 0   | I latents 02       | noise       | {latent}
 clip     | 30 218 1    | T text_encoders 01 | CLIP        | one vector of {V}
 t5       | 244 410 1   | T text_encoders 01 | T5          | {T} × {X}
-pack     | 432 590 1   | I latents 02       | pack        | {I} × {P}
+pack     | 432 590 1   | I latents 02       | pack        | {I} × {O}
 t        | 30 94 2     | S embeddings       | t           | 1 → 0
 guidance | 102 218 2   | S embeddings       | guidance    | {guidance}
 txt_in   | 244 410 2   | T inputs 01        | txt_in      | {T} × {C}
@@ -119,7 +119,8 @@ def model_map(
         width: likewise.
 
     Raises:
-        ValueError: no such part; the message gives the nearest names.
+        ConfigError: no such variant.
+        ValueError: no such part; the message gives the nearest names. A side is not a whole number of at least 1.
     """
     bright = [lit] if isinstance(lit, str) else list(lit or ())
     parts = list(dict.fromkeys(re.findall(r"(?m)^[^|]+\|[^|]+\| \S (\w+)", _MAP)))
@@ -144,7 +145,8 @@ def block_diagram(
         width: likewise.
 
     Raises:
-        ValueError: there is no such kind of block.
+        ConfigError: no such variant.
+        ValueError: there is no such kind of block. A side is not a whole number of at least 1.
     """
     if kind not in ("double", "single"):
         raise ValueError(f"kind is {kind!r}; it is 'double' or 'single'")
@@ -159,7 +161,7 @@ def block_diagram(
 def _sizes(name: str, height: int | None, width: int | None) -> dict[str, Any]:
     """What the tables have in braces."""
     chosen = variant(name)
-    c, axes = chosen.transformer, "T I L C 3C M C+M 3C+M H D D/2 V X P O"
+    c, axes = chosen.transformer, "T I L C 3C M C+M 3C+M H D D/2 V X O"
     rows, columns = grid(*(chosen.size if side is None else side for side in (height, width)))
     shape = Entry("", "tensor", axes, "", "").shape(c, text=chosen.t5_length, image=rows * columns)
     sizes: dict[str, Any] = dict(zip(axes.split(), shape, strict=True))

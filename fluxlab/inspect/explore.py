@@ -74,9 +74,10 @@ def explore(tape: Tape, words: list[str] | None = None) -> Explorer:
         return view(found, name, head.index, word.value, head.value)
 
     def show(change: Any = None) -> None:
+        picture = shown()  # first: a menu that it changes shows too
         out.clear_output(wait=True)
         with out:
-            display(shown())  # type: ignore[no-untyped-call]
+            display(picture)  # type: ignore[no-untyped-call]
 
     for control in (tensor, block, step, head, word):
         control.observe(show, names="value")

@@ -109,7 +109,9 @@ def modulation(tape: Tape) -> Figure:
     """How strong each captured shift, scale and gate is: the spread over its features, block by block."""
     found: dict[str, list[tuple[str, float]]] = {}
     for name, tensor in tape.items():
-        if match := re.fullmatch(r"(.*?)\.?(?:(img|txt)_mod|modulation)\.(shift|scale|gate)(\d?)", name):
+        if match := re.fullmatch(
+            r"(.*?)[._]?(?:(?=img_mod|txt_mod)|modulation_?)(img|txt)?(?:_mod)?\.(shift|scale|gate)(\d?)", name
+        ):
             short = match[1].replace("_blocks.", " ") + (f" {match[2]} {match[4]}" if match[2] else "")
             found.setdefault(match[3], []).append((short, tensor.float().square().mean().sqrt().item()))
     if not found:

@@ -51,7 +51,7 @@ def _told(name: str) -> Iterator[tuple[str, list[str]]]:
             "times bent: t' = e^μ / (e^μ + 1/t − 1)" if chosen.time_shift else "times evenly spaced",
             *(["μ: 0.5 at 256 image tokens, 1.15 at 4096, linear between"] if chosen.time_shift else []),
             f"latent x_0 = (z {shift}) × {vae.scale_factor:g},  z the VAE's",
-            f"packed: 2 × 2 cells of {vae.z_channels} channels, (c h w), make a token of {c.in_channels}",
+            f"packed: 2 × 2 cells of {vae.z_channels} channels, (c h w), make a token of {c.out_channels}",
         ],
     )
     yield (

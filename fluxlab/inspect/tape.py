@@ -47,7 +47,7 @@ class Tape(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._kept
 
-    __eq__, __hash__ = object.__eq__, object.__hash__  # what it holds has no one truth
+    __eq__, __hash__ = object.__eq__, object.__hash__  # comparing tensors gives tensors, not one truth value
 
     def get(self, name: str, default: Any = None) -> Any:
         """As ``tape[name]``; the default where it was not captured."""

@@ -77,6 +77,7 @@ def export_onnx(
             weights that do not fit, or are too large for the dtype.
         WeightsError: weights that are asked for are not found.
         FileNotFoundError: there is no folder to write to.
+        IsADirectoryError: ``path`` is a folder.
         OSError: the file cannot be written.
     """
     chosen = variant(name)
@@ -87,6 +88,8 @@ def export_onnx(
     target = Path(path).expanduser()
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target}: there is no folder {target.parent}")
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; give the path of a file in it")
     if part in ("t5", "clip"):
         if weights is not True:
             raise ValueError(f"part {part!r} is traced from the encoder on disk; ask for weights=True")

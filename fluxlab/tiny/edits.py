@@ -14,6 +14,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fluxlab.extras import importing
 from fluxlab.tiny.measure import judge
 from fluxlab.tiny.truth import OPTIONS, UNASKED, options_of
 from fluxlab.tiny.world import BACKGROUNDS, COLOURS, SHAPES, SIDES, Picture, Scene, Thing, draw_scene, random_scene
@@ -38,7 +39,7 @@ class Edit:
 
 
 def random_edit(rng: Generator, held_out: bool = False, kind: str | None = None) -> Edit:
-    """An edit of a random scene: all from the training combinations, or the one with most things held out."""
+    """An edit of a random scene: both sides from the training combinations; or, held out, the one with more things."""
     while True:
         scene, asked = random_scene(rng, held_out), kind or str(rng.choice(KINDS))
         if asked in ("remove", "add") and len(scene.things) == 1:
@@ -95,7 +96,8 @@ def judge_edit(painted: NDArray[np.uint8], edit: Edit) -> dict[str, float]:
 
     Kept: the mean error from the picture after the edit, three pixels and more off what it touches, is below 6 of 255.
     """
-    from scipy import ndimage
+    with importing():
+        from scipy import ndimage
 
     off = ~ndimage.binary_dilation(edit.changed, iterations=3)
     error = float(np.abs(painted.astype(float) - edit.after.pixels)[off].mean())

@@ -13,6 +13,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fluxlab.extras import importing
 from fluxlab.tiny.measure import look
 from fluxlab.tiny.pictures import USUAL
 from fluxlab.tiny.world import Picture, random_picture
@@ -54,7 +55,7 @@ def _alone(picture: Picture, which: int) -> str:
 
 
 def random_hole(picture: Picture, rng: Generator) -> Hole:
-    """As training sees them: a box on a thing, a half, any box, or all; six in ten name the hole's thing alone."""
+    """As training sees them: a box on a thing, a half, any box, or all; of the first two, six in ten name it alone."""
     height, width = picture.masks.shape[1:]
     which, chance = int(rng.integers(len(picture.masks))), rng.random()
     if chance < 0.6:
@@ -95,11 +96,13 @@ def scenes_with_holes(number: int, half: bool) -> Iterator[tuple[Picture, int, H
 
 
 def judge_hole(painted: NDArray[np.uint8], picture: Picture, which: int, hole: Hole) -> dict[str, float]:
-    """Whether the thing in the hole is the prompt's, in colour and shape and alone; and whether the other was kept.
+    """Whether the thing in the hole is the prompt's, alone and on its background; and whether the other was kept.
 
+    Right: colour and shape, the shape's overlap above 0.6.
     Kept: the mean error over the other thing and three pixels around it, outside of the hole, is below 10 of 255.
     """
-    from scipy import ndimage
+    with importing():
+        from scipy import ndimage
 
     top, bottom, left, right = hole.box
     height, width = picture.masks.shape[1:]

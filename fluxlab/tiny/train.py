@@ -65,14 +65,8 @@ def train(run: Path, recipe: Recipe | None = None, output: Path | None = None, e
         ImportError: there is an ``output``, and scipy is not installed, with which it is measured.
     """
     run, output, earlier = run.expanduser(), output and output.expanduser(), earlier and earlier.expanduser()
-    if output is not None:
-        with importing():  # what is written is measured at the very end: what that needs is asked for now
-            import scipy  # noqa: F401
     recipe = recipe or Recipe()
-    began = earlier is not None and _fingerprint(earlier)
-    for folder in [run] if output is None else [run, output / "training"]:
-        folder.mkdir(parents=True, exist_ok=True)
-    _same_recipe(run / "recipe.json", asdict(recipe) | {"earlier": began})
+    _begin(run, output, asdict(recipe) | {"earlier": earlier is not None and _fingerprint(earlier)})
     autoencoder, text = begin_anew(run, recipe) if earlier is None else go_on_from(earlier)
     encode_pictures(run, recipe, autoencoder, text)
     learned = train_flow(run, recipe, autoencoder, text, earlier and earlier / TEACHER)
@@ -108,9 +102,14 @@ def _fingerprint(folder: Path) -> str:
     return f"{zlib.crc32((folder / TEACHER).read_bytes()):08x}"
 
 
-def _same_recipe(path: Path, given: dict[str, Any]) -> None:
-    """A run goes on with the recipe it began with: what another one left there must not be mixed in."""
-    if path.exists() and (before := json.loads(path.read_text())) != given:
+def _begin(run: Path, output: Path | None, given: dict[str, Any]) -> None:
+    """Ask now for what the end needs, and hold a run to the recipe it began with: no other may be mixed in."""
+    if output is not None:
+        with importing():  # what is written is measured at the very end
+            import scipy  # noqa: F401
+    for folder in [run] if output is None else [run, output / "training"]:
+        folder.mkdir(parents=True, exist_ok=True)
+    if (path := run / "recipe.json").exists() and (before := json.loads(path.read_text())) != given:
         changed = {name: (before.get(name), value) for name, value in given.items() if before.get(name) != value}
         raise ValueError(f"{path.parent} was begun with another recipe (then, now): {changed}; name another folder")
     write_text(json.dumps(given, indent=2) + "\n", path)
@@ -133,13 +132,10 @@ def train_member(
     """
     if member not in (*MEMBERS, "canny"):
         raise ValueError(f"member is {member!r}; there are {', '.join(MEMBERS)} and canny")
-    with importing():
-        import scipy  # noqa: F401
     run, output = run.expanduser(), output and output.expanduser()
     earlier = (earlier or data_folder() / "flux-tiny").expanduser()
-    recipe, began = recipe or Recipe(), _fingerprint(earlier)
-    run.mkdir(parents=True, exist_ok=True)
-    _same_recipe(run / "recipe.json", asdict(recipe) | {"earlier": began, "member": member})
+    recipe = recipe or Recipe()
+    _begin(run, output, asdict(recipe) | {"earlier": _fingerprint(earlier), "member": member})
     autoencoder, known = go_on_from(earlier)
     if member == "canny":
         dev = earlier / Path(DEV.transformer_file).name

@@ -45,7 +45,7 @@ def example(image, text, dtype):
     return inputs, given
 
 
-def floor(module: nn.Module, image: int, text: int, c: fl.FluxConfig, dtype, attentions: int, batch: int = 1) -> Run:
+def floor(module: nn.Module, image: int, text: int, c: fl.FluxConfig, dtype, attentions: int) -> Run:
     """Its products and attentions alone."""
 
     def rows(name: str) -> int:
@@ -58,7 +58,7 @@ def floor(module: nn.Module, image: int, text: int, c: fl.FluxConfig, dtype, att
 
     linears = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear)]
     products = [(m, torch.randn(rows(n), m.in_features, dtype=dtype, device=DEVICE)) for n, m in linears]
-    shape = batch, c.num_heads, image + text, c.head_dim
+    shape = 1, c.num_heads, image + text, c.head_dim
     q, k, v = (torch.randn(shape, dtype=dtype, device=DEVICE) for _ in range(3))
 
     def run() -> None:
@@ -193,11 +193,12 @@ def int8(quick: bool) -> None:
 
 def stored(model: nn.Module) -> int:
     """Bytes of its weights, quantized ones too."""
-    total = 0
-    for p in model.parameters():
-        parts = [getattr(p, name) for name in p.__tensor_flatten__()[0]] if hasattr(p, "__tensor_flatten__") else [p]
-        total += sum(part.nbytes for part in parts)
-    return total
+
+    def size(tensor) -> int:
+        parts = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+        return sum(size(getattr(tensor, part)) for part in parts) if parts else tensor.nbytes
+
+    return sum(size(weight) for weight in model.parameters())
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,26 +24,18 @@ RUNS = {
 def cold(quick: bool) -> None:
     """Seconds from the start of a process to its end."""
     times: dict[str, list[float]] = {name: [] for name in RUNS}
+    where = os.environ | {"PYTHONPATH": str(Path(fl.__file__).parents[1])}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(2 if quick else 5):
             for name, arguments in RUNS.items():
                 start = time.perf_counter()
-                root = str(Path(fl.__file__).parents[1])
-                subprocess.run(
-                    [sys.executable, *arguments], cwd=folder, check=True, capture_output=True, env=environment(root)
-                )
+                subprocess.run([sys.executable, *arguments], cwd=folder, check=True, capture_output=True, env=where)
                 times[name].append((time.perf_counter() - start) * 1e3)
     beyond = [a - b for a, b in zip(times["import fluxlab"], times["import torch"], strict=True)]
     compare(
         "cold", "import", times, "import fluxlab", "import torch", beyond=f"{sorted(beyond)[len(beyond) // 2]:.0f} ms"
     )
     compare("cold", "flux-tiny, 20 steps", times, "fluxlab generate", "importing torch and the encoders")
-
-
-def environment(root: str) -> dict[str, str]:
-    import os
-
-    return os.environ | {"PYTHONPATH": root}
 
 
 def graphs(quick: bool) -> None:

@@ -78,6 +78,9 @@ def write_all(folder: Path) -> dict[str, Path]:
 
 def little_memory(quick: bool) -> None:
     """Write, run and tell."""
+    if sys.platform != "linux":
+        told("memory", "not measured: it reads /proc, which only Linux has")
+        return
     blocks = " + ".join(map(str, DEPTHS.values()))
     with tempfile.TemporaryDirectory() as folder:
         usual = 0.0

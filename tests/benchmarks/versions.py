@@ -22,6 +22,7 @@ from PIL import Image
 import fluxlab as fl
 from fluxlab.tiny.measure import report
 from fluxlab.tiny.world import random_scene
+from tests.benchmarks.blocks import stored
 from tests.benchmarks.timing import Run, machine, measure
 from tests.weights.test_quantized import write_gguf
 
@@ -61,7 +62,7 @@ def main(path: Path = Path("exported/versions.html"), number: int = 60, seconds:
             made: Any = [pipe(p, seed=i, progress=False, **options) for i, p in enumerate(prompts)]
             pictures[name] = made
             runs[name] = lambda pipe=pipe, options=options: pipe(prompts[0], progress=False, **options)
-        held = {name: small.stat().st_size if "Q4_0" in name else nbytes(pipe) for name, pipe in pipes.items()}
+        held = {name: small.stat().st_size if "Q4_0" in name else stored(pipe.model) for name, pipe in pipes.items()}
         times = measure(runs, seconds, 7)
     rows = []
     for name in pipes:
@@ -70,16 +71,6 @@ def main(path: Path = Path("exported/versions.html"), number: int = 60, seconds:
         rows.append({"version": name, "cost": cost, "memory": held[name], "right": right})
         print(f"{name:36} cost {cost:5.2f}  weights {held[name] / 1e6:5.2f} MB  right {right:.0%}")
     path.write_text(page(prompts, pictures, rows))
-
-
-def nbytes(pipe: fl.Pipeline) -> int:
-    """Of the transformer's weights; those of torchao are made of several tensors."""
-
-    def size(tensor: Any) -> int:
-        parts = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
-        return sum(size(getattr(tensor, part)) for part in parts) if parts else tensor.nbytes
-
-    return sum(size(weight) for weight in pipe.model.parameters())
 
 
 def page(prompts: list[str], pictures: dict[str, list[Image.Image]], rows: list[dict[str, Any]]) -> str:

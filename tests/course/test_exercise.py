@@ -38,6 +38,10 @@ def test_an_answer_that_cannot_be_reckoned_with_is_wrong(capsys):
         (True, (True,), (False, 1)),
         ((0, 5, 9), ([0, 5, 9],), ((0, 9, 5), (0, 5), 59)),
         ([0.8492, 12], ((0.85, 12),), ((0.8492, 13),)),
+        (3.004, (3.0, 3), (3.02, 2)),
+        (1234.5, (1230, 1234), (1250,)),
+        (249.7, (250,), (252,)),
+        (1.0, (0.99999994,), (0.999, 2)),
     ],
 )
 def test_a_right_answer_is_known_by_its_fingerprint(capsys, right, also, wrong):
@@ -49,5 +53,7 @@ def test_a_right_answer_is_known_by_its_fingerprint(capsys, right, also, wrong):
         assert capsys.readouterr().out.startswith("not yet")
 
 
-def test_a_tensor_is_an_answer():
+def test_a_tensor_is_an_answer(capsys):
     assert fingerprint(torch.tensor([1, 2])) == fingerprint((1, 2))
+    fl.check(torch.rand(64), fingerprint(3), "A hint.")  # more forms than can be tried
+    assert capsys.readouterr().out.startswith("not yet")

@@ -293,6 +293,34 @@ def test_attention_weights_can_be_patched(model, inputs):
     assert all(not tensor.any() for tensor in tape.values())
 
 
+@pytest.mark.parametrize("options", [{}, {"heads": [1], "queries": "image"}, {"mean_heads": True, "keys": "text"}])
+def test_attention_weights_are_those_that_ran(model, inputs, options):
+    name = "single_blocks.0.attention"
+    with (
+        torch.no_grad(),
+        fl.capture(model, name, **options) as plain,
+        fl.patch(model, name, lambda weights: weights / 2),
+        fl.capture(model, name, **options) as changed,
+    ):
+        model(**inputs)
+    torch.testing.assert_close(changed[name], plain[name] / 2)
+
+
+@pytest.mark.parametrize("options", [{"heads": [0]}, {"queries": "image"}, {"keys": slice(3)}, {"mean_heads": True}])
+def test_options_of_attention_need_attention(model, options):
+    with pytest.raises(ValueError, match="are of attention weights"), fl.capture(model, "vec", **options):
+        pass
+
+
+def test_a_part_of_the_autoencoder_is_changed_where_it_runs(tiny):
+    latent = torch.randn(1, 16, 4, 4)
+    with torch.no_grad():
+        plain = tiny.autoencoder.decode(latent)
+        with fl.patch(tiny.autoencoder, "decoder.conv_out", lambda x: 0 * x):
+            assert not tiny.autoencoder.decode(latent).any()
+    assert plain.any()
+
+
 def test_a_patch_that_does_not_fit_is_refused(model, inputs):
     with pytest.raises(ValueError, match="one it took"), fl.patch(model, "vec", lambda x: x[:1]):
         model(**inputs)

@@ -44,12 +44,13 @@ def extent(text):
     return font.getbbox(text.text, anchor=anchor), float(text.get("x")), float(text.get("y"))
 
 
-@pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "flux-tiny-dev"])
+@pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "flux-canny-dev", "flux-tiny-dev"])
 def test_the_map_is_valid_svg_with_the_variants_sizes(name):
     config = fl.VARIANTS[name].transformer
     shown = texts(fl.model_map(name))
     assert f"{config.depth} × double-stream block" in shown
     assert ("guidance" in shown) == config.guidance_embed
+    assert shown[shown.index("pack") + 1].endswith(" × 64")
     assert {"t", "vec", f"{config.depth_single_blocks} × single-stream block", "Euler step"} <= set(shown)
 
 
@@ -256,7 +257,7 @@ def test_a_graph_needs_numbers_and_gradients():
         fl.graph(fl.build("flux-tiny-dev").requires_grad_(False), fl.example_inputs("flux-tiny-dev"))
 
 
-@pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "flux-tiny-dev"])
+@pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "flux-fill-dev", "flux-tiny-dev"])
 def test_the_sheet_has_all_of_it_on_one_page(name):
     sheet = fl.cheat_sheet(name)
     shown, whole = texts(sheet), fl.build(name, device="meta")
@@ -265,6 +266,7 @@ def test_the_sheet_has_all_of_it_on_one_page(name):
     assert f"all: {sum(p.numel() for p in whole.parameters()):,}  (100.00%)" in shown
     assert any("guidance_in(" in line for line in shown) == whole.config.guidance_embed
     assert any("bent" in line for line in shown) == fl.VARIANTS[name].time_shift
+    assert any(line.endswith("(c h w), make a token of 64") for line in shown)  # Fill's 320 more are not packed noise
     page = ElementTree.fromstring(sheet.svg)
     width, height = map(float, page.get("viewBox").split()[2:])
     for text in page.findall(f"{SVG}text"):

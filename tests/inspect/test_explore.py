@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -22,10 +23,11 @@ import torch
 import fluxlab as fl
 
 model = fl.build("flux-tiny-dev")
-with torch.no_grad(), fl.capture(model, ["vec", "velocity"]) as tape:
+with torch.no_grad(), fl.capture(model, ["vec", "double_blocks.*.img.output", "velocity"]) as tape:
     model(**fl.example_inputs("flux-tiny-dev").kwargs())
 fl.explore(tape)
 """
+PICTURES = "document.querySelectorAll('.widget-output img').length"
 PICTURE = "document.querySelector('.widget-output img')?.src"
 CHOOSE = """
 const menu = Array.from(document.querySelectorAll('select')).find(each => each.innerText.includes('velocity'));
@@ -80,5 +82,7 @@ def test_choosing_another_tensor_changes_the_picture(lab, tmp_path):
         first = browser.value(PICTURE)
         browser.value(CHOOSE)
         wait_for(lambda: browser.value(PICTURE) not in (None, first), 60)
+        time.sleep(2)  # another menu changed too: it must not leave a second picture
+        assert browser.value(PICTURES) == 1
     finally:
         browser.close()

@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 import fluxlab as fl
+from fluxlab.config import Flux2Config
 from fluxlab.inspect.explore import explore, view
 from fluxlab.inspect.table import Table
+from fluxlab.model.flux2 import Flux2
 from tests.helpers import randomise
 
 NAMES = ["*.output", "*mod*.shift*", "*mod*.scale*", "*mod*.gate*", "*.attention", "double_blocks.0.q"]
@@ -44,6 +46,19 @@ def test_every_picture_is_drawn_and_none_is_left_open(tape):
         for axes in figure.axes:
             assert not axes.axison or axes.get_xlabel() or axes.get_ylabel()
     assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize("names", ["*mod*.gate*", "double_stream_modulation_img.*[12]"])
+def test_modulation_of_flux2_is_drawn(names):
+    config = Flux2Config(8, 16, 64, 2, 1, 2, axes_dim=(8, 8, 8, 8))
+    model = randomise(Flux2(config))
+    inputs = {"img": torch.randn(1, 4, 8), "img_ids": torch.zeros(1, 4, 4), "txt": torch.randn(1, 6, 16)}
+    inputs |= {"txt_ids": torch.zeros(1, 6, 4), "timesteps": torch.ones(1), "guidance": torch.ones(1)}
+    with torch.no_grad(), fl.capture(model, names) as tape:
+        model(**inputs)
+    labels = [label.get_text() for axes in fl.plots.modulation(tape).axes for label in axes.get_yticklabels()]
+    assert {"double_stream img 1", "double_stream img 2"} <= set(labels)
+    assert len(labels) == len(tape)
 
 
 def test_word_attention_takes_a_size_that_leaves_a_partial_token():

@@ -435,6 +435,9 @@ def test_weights_that_a_dtype_cannot_hold_are_not_written(tmp_path, monkeypatch,
 def test_a_folder_that_is_not_there_is_said(tmp_path):
     with pytest.raises(OSError, match="there is no folder"):
         fl.export_onnx("flux-dev", tmp_path / "nowhere/x.onnx")
+    with pytest.raises(IsADirectoryError, match="is a folder; give the path of a file in it"):
+        fl.export_onnx("flux-tiny-dev", tmp_path, weights=True)
+    assert list(tmp_path.parent.glob("*.weights")) == []
 
 
 def test_an_export_that_is_stopped_leaves_nothing_half_written(tmp_path, monkeypatch):

@@ -124,6 +124,7 @@ def test_what_a_training_cannot_begin_with_is_said_before_any_work(tmp_path):
     arguments = {
         "no training/teacher.safetensors; give": ["--earlier", tmp_path, "--run", tmp_path / "r"],
         "file": ["--run", tmp_path / "r", "--output", tmp_path / "file"],
+        "file/training": ["--run", tmp_path / "r", "--output", tmp_path / "file", "--member", "fill"],
         "'--seed'": ["--run", tmp_path / "r", "--seed", -1],
     }
     for said, given in arguments.items():

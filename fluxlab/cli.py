@@ -1,6 +1,7 @@
 """The ``fluxlab`` command."""
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -70,7 +71,9 @@ def generate(
     ] = None,
     mask: Annotated[Path | None, Option(help="White where --image is to be painted; Fill is made for it.")] = None,
     control: Annotated[Path | None, Option(help="For Canny and Depth: the picture of edges or of depth.")] = None,
-    redux: Annotated[Path | None, Option(help="The folder of FLUX.1-Redux-dev, which tells --image as text.")] = None,
+    redux: Annotated[
+        Path | None, Option(help="The folder of FLUX.1-Redux-dev, which gives --image to the model as text.")
+    ] = None,
     strength: Annotated[float | None, Option(help="How much of --image becomes noise, (0, 1]. [default: 0.7]")] = None,
     negative_prompt: Annotated[str | None, Option(help="What --true-cfg leads away from.")] = None,
     true_cfg: Annotated[float, Option(help="Above 1: guidance by a second forward a step.")] = 1.0,
@@ -92,6 +95,10 @@ def generate(
         images = [Image.open(path.expanduser()) for path in image or ()]
         options |= {"image": images[0] if len(images) == 1 else images} if images else {}
         loras, low = dict(map(_strength, lora or ())), low_memory or None
+        if len(loras) < len(lora or ()):
+            raise ValueError("--lora names a file twice; give each once")
+        if processes() > 1 and device == "cuda":  # each process on a GPU of its own
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         pipe = fl.load(variant, source, device, lora=loras, redux=redux, low_memory=low)
         if processes() > 1:
             fl.speed.shard(pipe)
@@ -107,6 +114,12 @@ def _strength(said: str) -> tuple[str, float]:
         return (file, float(strength)) if file else (said, 1.0)
     except ValueError:
         return said, 1.0  # the = is in the file's name
+
+
+def _of_one(given: object) -> None:
+    """Without a variant, options of one file have no use."""
+    if given:
+        raise ValueError("without a variant all of exported/ is written, and only --output has a use; name a variant")
 
 
 @_command
@@ -132,6 +145,7 @@ def export(
         how: Any = {"weights": weights, "source": source, "dtype": dtype, "opset": opset, "flat": flat}
         fl.export_onnx(variant, target, part, **how, quantize=quantize)  # type: ignore[arg-type]
         return typer.echo(f"{target}: {target.stat().st_size / 1e3:,.0f} kB")
+    _of_one(weights or flat or quantize or source or (part, dtype, opset) != ("transformer", "float32", 23))
     output.mkdir(parents=True, exist_ok=True)
     made: dict[str, Any] = {f"{name}-map.svg": fl.model_map(name) for name in ("flux-dev", "flux-schnell", _TINY)}
     made["flux-dev-cheat-sheet.svg"] = fl.cheat_sheet("flux-dev")

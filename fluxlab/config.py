@@ -6,6 +6,7 @@ tests a model's name: code asks the config.
 
 import difflib
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, Literal
@@ -40,11 +41,30 @@ def _check_sizes(config: Any, *names: str, least: int = 1) -> None:
 
 
 class _Widths:
-    """What follows from the sizes of either transformer."""
+    """What follows from the sizes of either transformer, and what they must be."""
 
     hidden_size: int
     num_heads: int
     mlp_ratio: float
+    axes_dim: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.axes_dim, Iterable):
+            raise ConfigError(f"axes_dim is {self.axes_dim!r}; give a number for each axis")
+        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
+        sizes = ("in_channels", "out_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads", "theta")
+        _check_sizes(self, *(name for name in sizes if hasattr(self, name)))
+        _check_sizes(self, "depth", "depth_single_blocks", least=0)
+        if not 0 < self.mlp_ratio < inf:
+            raise ConfigError(f"mlp_ratio is {self.mlp_ratio}; it must be a finite number above 0")
+        if self.hidden_size % self.num_heads:
+            said = f"num_heads is {self.num_heads}, which does not divide hidden_size {self.hidden_size}"
+            raise ConfigError(f"{said}; choose a number of heads that does")
+        if any(dim < 2 or dim % 2 for dim in self.axes_dim):
+            raise ConfigError(f"axes_dim is {self.axes_dim}; RoPE turns features in pairs: give positive even numbers")
+        if sum(self.axes_dim) != self.head_dim:
+            said = f"axes_dim is {self.axes_dim}, which sums to {sum(self.axes_dim)}"
+            raise ConfigError(f"{said}; it must sum to the width of a head, hidden_size / num_heads = {self.head_dim}")
 
     @property
     def head_dim(self) -> int:
@@ -75,22 +95,6 @@ class FluxConfig(_Widths):
     qkv_bias: bool = True  # True: it matters, since QK-norm and RoPE come after it
     guidance_embed: bool = True  # True: guidance was distilled into the network; False in schnell
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
-        sizes = ("in_channels", "out_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads", "theta")
-        _check_sizes(self, *sizes)
-        _check_sizes(self, "depth", "depth_single_blocks", least=0)
-        if not 0 < self.mlp_ratio < inf:
-            raise ConfigError(f"mlp_ratio is {self.mlp_ratio}; it must be a finite number above 0")
-        if self.hidden_size % self.num_heads:
-            said = f"num_heads is {self.num_heads}, which does not divide hidden_size {self.hidden_size}"
-            raise ConfigError(f"{said}; choose a number of heads that does")
-        if any(dim < 2 or dim % 2 for dim in self.axes_dim):
-            raise ConfigError(f"axes_dim is {self.axes_dim}; RoPE turns features in pairs: give positive even numbers")
-        if sum(self.axes_dim) != self.head_dim:
-            said = f"axes_dim is {self.axes_dim}, which sums to {sum(self.axes_dim)}"
-            raise ConfigError(f"{said}; it must sum to the width of a head, hidden_size / num_heads = {self.head_dim}")
-
 
 @dataclass(frozen=True)
 class Flux2Config(_Widths):
@@ -106,11 +110,6 @@ class Flux2Config(_Widths):
     axes_dim: tuple[int, ...] = (32, 32, 32, 32)  # which picture, row, column, place in the text
     theta: int = 2000
     guidance_embed: bool = True
-
-    def __post_init__(self) -> None:
-        if self.hidden_size != self.num_heads * sum(self.axes_dim):
-            heads = f"{self.num_heads} heads of {sum(self.axes_dim)}, the sum of axes_dim {self.axes_dim}"
-            raise ConfigError(f"hidden_size is {self.hidden_size}, which is not {heads}")
 
     @property
     def out_channels(self) -> int:
@@ -257,7 +256,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 @dataclass(frozen=True)
-class Second:
+class Variant2:
     """A model of FLUX.2, of which the transformer alone is here, to be built and counted. The defaults are [dev]'s."""
 
     name: str
@@ -269,14 +268,14 @@ class Second:
 FLUX2 = {
     second.name: second
     for second in (
-        Second("flux2-dev"),
-        Second("flux2-klein-4b", Flux2Config(128, 7680, 3072, 24, 5, 20, guidance_embed=False)),
-        Second("flux2-klein-9b", Flux2Config(128, 12288, 4096, 32, 8, 24, guidance_embed=False)),
+        Variant2("flux2-dev"),
+        Variant2("flux2-klein-4b", Flux2Config(128, 7680, 3072, 24, 5, 20, guidance_embed=False)),
+        Variant2("flux2-klein-9b", Flux2Config(128, 12288, 4096, 32, 8, 24, guidance_embed=False)),
     )
 }
 
 
-def described(name: str) -> Variant | Second:
+def described(name: str) -> Variant | Variant2:
     """The variant of that name, or one of FLUX.2, which can be built and counted; errors as ``variant``'s."""
     return FLUX2[name] if name in FLUX2 else variant(name)
 

@@ -51,11 +51,14 @@ class Tensors(Mapping):  # type: ignore[type-arg]  # of str to Tensor: said, a r
     def __len__(self) -> int:
         return len(self.entries)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
     def __getitem__(self, name: str) -> Tensor:
         return self._read(name)
 
     def renamed(self, names: Mapping[str, str]) -> Tensors:
-        """Those that ``names`` tells, each new name with its old one."""
+        """The tensors that ``names`` lists, from each new name to its old one."""
         entries = {new: self.entries[old] for new, old in names.items()}
         return Tensors(self.path, entries, lambda name: self[names[name]], self.metadata, self.mapped)
 
@@ -204,6 +207,7 @@ def stream_tensors(
 
     Raises:
         WeightsError: what comes is not what ``entries`` says.
+        ValueError: fewer or more come.
 
     Source: the safetensors format: eight bytes of length, a header in JSON, the values one after the other.
     """

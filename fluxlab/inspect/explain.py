@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fluxlab.config import Second, Variant, described
+from fluxlab.config import Variant, Variant2, described
 from fluxlab.config import variant as find_variant
 from fluxlab.glossary import Entry, autoencoder_entry, expand, named, table_of
 from fluxlab.inspect import capture
@@ -57,7 +57,7 @@ def explanation(name: str, variant: str = "flux-dev") -> str:
     return "\n\n".join(_told(entry, chosen, model) for entry in found)
 
 
-def _told(entry: Entry, chosen: Variant | Second, model: nn.Module) -> str:
+def _told(entry: Entry, chosen: Variant | Variant2, model: nn.Module) -> str:
     lines = [f"{entry.name}  ({entry.kind}, chapter {entry.chapter})", f"  {entry.meaning}"]
     if entry.axes:
         rows, columns = grid(chosen.size, chosen.size)

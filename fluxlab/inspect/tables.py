@@ -14,7 +14,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from fluxlab.config import FLUX2, Second, Variant, described, whole
+from fluxlab.config import FLUX2, Variant, Variant2, described, whole
 from fluxlab.extras import importing
 from fluxlab.glossary import Config, named, table_of
 from fluxlab.inspect.table import Table
@@ -168,7 +168,7 @@ def flops(
 
 
 def _tokens(
-    chosen: Variant | Second, height: int | None, width: int | None, text: int | None, batch: int
+    chosen: Variant | Variant2, height: int | None, width: int | None, text: int | None, batch: int
 ) -> tuple[int, int]:
     """Numbers of image and text tokens."""
     height, width = (chosen.size if side is None else side for side in (height, width))

@@ -44,7 +44,12 @@ def finite(tensor: Tensor, what: str) -> Tensor:
 def warn(message: str) -> None:
     """A warning that points at the caller's line: the first outside of this library and the decorators around it."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in ("fluxlab", "torch", "jaxtyping", "beartype"):
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "fluxlab",
+        "torch",
+        "jaxtyping",
+        "beartype",
+    ):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level + 1)
 
@@ -79,7 +84,11 @@ def check_shown(who: str, kind: str, given: Mapping[str, object]) -> None:
 
 
 def as_batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:
-    """As many prompts as seeds."""
+    """As many prompts as seeds: one of either serves all of the other.
+
+    Raises:
+        ValueError: they are several of both, and not as many; or something else.
+    """
     prompts, seeds = as_list("prompt", prompt), [whole("seed", each, -(2**63)) for each in as_list("seed", seed)]
     if len(prompts) == 1:
         prompts *= len(seeds)
@@ -108,7 +117,11 @@ def check_guidance(guidance: float | None, true_cfg: float, negative_prompt: str
 def first_step(
     num_steps: int, image: Image.Image | None, strength: Any, shown: bool = False
 ) -> tuple[int, float | None]:
-    """The step that a loop from ``image`` begins with, as diffusers counts it, and the strength by default."""
+    """The step that a loop from ``image`` begins with, as diffusers counts it, and the strength by default.
+
+    Raises:
+        ValueError: the strength is out of its range, has no use, or leaves nothing of the image.
+    """
     if strength is not None and not (isinstance(strength, Real) and 0 < float(strength) <= 1):
         raise ValueError(f"strength is {strength!r}; it must be above 0 and at most 1, where nothing of image is left")
     if image is None and strength is not None:

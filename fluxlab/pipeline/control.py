@@ -35,6 +35,7 @@ def depth(image: Image.Image, model: str | Path = DEPTH_MODEL) -> Image.Image:
 
     Raises:
         ValueError: ``image`` is no PIL image of 8 bits a channel; or there is no such model on this disk.
+        ImportError: what transformers needs for pictures is not installed.
 
     Source: "Depth Anything", Yang et al. 2024.
     """
@@ -45,8 +46,8 @@ def depth(image: Image.Image, model: str | Path = DEPTH_MODEL) -> Image.Image:
         network = AutoModelForDepthEstimation.from_pretrained(model, local_files_only=True, use_safetensors=True)
         processor = AutoImageProcessor.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError) as error:
-        told = f"the model that tells depth, {str(model)!r}, is not on this disk ({' '.join(str(error).split())[:200]})"
-        advice = f"fetch it with `hf download {DEPTH_MODEL}`, or give control=, a picture of depth"
+        told = f"the depth model, {str(model)!r}, is not on this disk ({' '.join(str(error).split())[:200]})"
+        advice = f"fetch it with `hf download {model}`, or give control=, a picture of depth"
         raise ValueError(f"{told}; {advice}") from error
     estimate = pipeline("depth-estimation", model=network, image_processor=processor)
     return estimate(image)["depth"].convert("RGB")

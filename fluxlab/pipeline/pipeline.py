@@ -98,7 +98,7 @@ class Pipeline:
         Returns:
             A picture for a prompt and a seed, a list for a list of either. Its ``info`` says how it was made, and so
             does a PNG file of it: prompt, negative_prompt, seed, steps, sampler, guidance, true_cfg, strength, size,
-            variant, version, and all of them in ``parameters``.
+            variant, version, ``speed`` for what is on of ``fl.speed``, and all of them in ``parameters``.
 
         Raises:
             ValueError: an argument is out of its range, or has no meaning for this model; or what a part of the
@@ -190,9 +190,10 @@ class Pipeline:
         """The first forward's inputs: encoded prompts, noise, and where each token is.
 
         Raises:
-            ValueError: guidance for a model without its embedder; a text encoder's output is not finite.
+            ValueError: not as many prompts as seeds; guidance for a model without its embedder; a text encoder's
+                output is not finite.
         """
-        prompts = as_list("prompt", prompts)
+        prompts, seeds = as_batch(prompts, seeds)
         different = [each for i, each in enumerate(prompts) if each not in prompts[:i]]  # each is encoded once
         guidance = self._guidance(guidance)
         txt, y = (encoded[[different.index(prompt) for prompt in prompts]] for encoded in self.text(different))
@@ -226,7 +227,7 @@ class Pipeline:
         """Move and cast every part, in place, with the arguments of a module's ``to``.
 
         Raises:
-            ValueError: it was loaded with ``low_memory``.
+            ValueError: weights stay in their file, as with ``low_memory`` or a released modulation.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device

@@ -15,7 +15,7 @@ from fluxlab.model.observe import observers
 from fluxlab.pipeline.inputs import FluxInputs
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.speed.handle import Handle, same
-from fluxlab.weights.load import weights_of
+from fluxlab.weights.load import opened
 from fluxlab.weights.stream import stream
 
 
@@ -39,7 +39,7 @@ def modulation_ahead(pipe: Pipeline, release: bool = False) -> Handle:
 
     Raises:
         ValueError: ``release`` for a pipeline that ``fl.load`` did not read from a file, whose weights are on the disk
-            already, or are not the file's any more, as after a LoRA was merged.
+            already, or are not the file's any more, as after a LoRA was merged, or in int8.
     """
     handle = Handle(pipe, "modulation_ahead", "modulation_ahead")
     model = pipe.model
@@ -52,6 +52,7 @@ def modulation_ahead(pipe: Pipeline, release: bool = False) -> Handle:
     handle.put(model, state.begin, "loop_begins")
     for module in layers:
         handle.put(module, state.modulation(module))
+        handle.later(partial(vars(module).pop, "ready", None))
     return handle.on()
 
 
@@ -74,7 +75,7 @@ class _Loop:
         self.pe = model.pe_embedder(torch.cat((inputs.txt_ids, inputs.img_ids), dim=1)).to(inputs.img.device)
 
     def fits(self, inputs: FluxInputs) -> bool:
-        """Whether a forward is of this loop."""
+        """Whether a forward belongs to this loop."""
         fixed = ("txt", "y", "guidance", "img_ids", "txt_ids")
         return all(same(getattr(self.inputs, name), getattr(inputs, name)) for name in fixed)
 
@@ -123,8 +124,8 @@ class _State:
             self.now = torch.empty_like(row)
             widths = [_linear(layer).out_features for layer in self.layers]
             for layer, part in zip(self.layers, self.now.split(widths, dim=1), strict=True):
-                several = isinstance(layer, Modulation)
-                layer.ready = part[:, None, :].chunk(layer.multiplier, dim=-1) if several else part
+                cut = isinstance(layer, Modulation)
+                layer.ready = part[:, None, :].chunk(layer.multiplier, dim=-1) if cut else part
 
     def modulation(self, layer: Any) -> Any:
         plain = layer.forward
@@ -179,9 +180,12 @@ def _release(handle: Handle, pipe: Pipeline, layers: list[Any]) -> None:
     held = dict(model.named_parameters())
     if any(held[name].is_meta for name in own):
         raise ValueError("the weights are on the disk already, as low_memory has them; leave release out")
-    tensors = weights_of(model, pipe.files.transformer, pipe.dtype)
-    if changed := [name for name in own if not torch.equal(tensors[name], held[name].cpu())]:
-        raise ValueError(f"{changed[0]} is not what its file says, as after a LoRA was merged; undo that first")
+    tensors = opened(pipe.files.transformer, pipe.variant.transformer, "official", pipe.dtype)
+    plain = {name: type(held[name]) is nn.Parameter for name in own}  # as torchao's are not
+    if changed := [name for name in own if not plain[name] or not torch.equal(tensors[name], held[name].cpu())]:
+        raise ValueError(
+            f"{changed[0]} is not what its file says, as after a LoRA was merged, or in int8; undo that first"
+        )
 
     for path, module in paths.items():
         part: Tensors = tensors.renamed({name: f"{path}.{name}" for name in module.state_dict()})

@@ -16,6 +16,7 @@ from fluxlab.speed.handle import Handle, same
 class _Kept:
     """Of the last forward that ran whole, with one prompt."""
 
+    txt: Tensor
     y: Tensor
     t: float
     first: Tensor | None = None  # what the first block added
@@ -39,7 +40,7 @@ def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
 
     What the first block adds to its stream is compared with what it added in the last forward that ran whole: mean
     absolute difference over mean absolute value. Below the threshold, what all others added then is added again. The
-    handle counts ``skipped`` of the last loop's ``forwards``, and the picture's ``info`` tells it. What is captured was
+    handle counts ``skipped`` of the last loop's ``forwards``, and the picture's ``info`` says so. What is captured was
     made by the forwards that ran whole.
 
     Args:
@@ -61,18 +62,23 @@ def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
     kept: list[_Kept] = []  # one for the prompt, one for what is led away from
     now: Any = None
     skipping, middle = False, torch.empty(0)
-    whole = pipe.model.forward
+    whole, begins = pipe.model.forward, getattr(pipe.model, "loop_begins", None)
+
+    def begin(*told: Any) -> None:
+        kept.clear()
+        if begins is not None:
+            begins(*told)
 
     def forward(*args: Any, **given: Any) -> Tensor:
         nonlocal now, skipping
         inputs = FluxInputs(*args, **given)
-        y, t = inputs.y, float(inputs.timesteps.max())
-        now = next((each for each in kept if same(each.y, y)), None)
+        txt, y, t = inputs.txt, inputs.y, float(inputs.timesteps.max())
+        now = next((each for each in kept if same(each.txt, txt) and same(each.y, y)), None)
         if now is None or t >= now.t or now.first is None or now.first.shape[1] != inputs.img.shape[1]:
             kept[:] = [each for each in kept if each is not now and each.t >= t]
             if not kept:  # another loop begins
                 handle.forwards = handle.skipped = 0
-            kept.append(now := _Kept(y, t))
+            kept.append(now := _Kept(txt, y, t))
         now.t, skipping = t, False
         handle.forwards += 1
         return whole(*args, **given)
@@ -107,6 +113,7 @@ def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
         return block
 
     handle.put(pipe.model, forward)
+    handle.put(pipe.model, begin, "loop_begins")
     handle.put(doubles[0], first(doubles[0].forward))
     for block in doubles[1:]:
         handle.put(block, other(block.forward))

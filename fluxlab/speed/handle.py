@@ -20,7 +20,7 @@ _APART = (  # what does not go together
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two forwards are given the same."""
-    return a is b or (a is not None and b is not None and torch.equal(a, b))
+    return a is b or (a is not None and b is not None and a.device == b.device and torch.equal(a, b))
 
 
 def _refuse_a_copy(memo: dict[int, Any]) -> None:

@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import nn
 
-from fluxlab.extras import importing
+from fluxlab.extras import importing, quiet
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.speed.handle import Handle
 
@@ -17,7 +17,7 @@ _CONFIGS = {  # of torchao
 
 
 def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
-    """Hold the transformer's Linears in 8 bits, with one scale for each row; its way in and out stay as they are.
+    """Hold the transformer's Linears in 8 bits, with one scale for each row; ``img_in`` and the last are left alone.
 
     The weights they had stay referred to, for ``undo``: where they are mapped to their file they take no memory.
 
@@ -45,9 +45,7 @@ def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
         warnings.simplefilter("ignore")
         from torchao import quantization as torchao  # type: ignore[import-not-found,unused-ignore]
 
-        before = [each.weight for each in linears]
-        torchao.quantize_(pipe.model, getattr(torchao, _CONFIGS[kind])(), lambda module, name: module in linears)
-
+    before = [each.weight for each in linears]
     was = (ends[0].weight.device, ends[0].weight.dtype)
 
     def restore() -> None:
@@ -57,5 +55,12 @@ def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
                 weight.data = weight.data.to(*now)
             linear.weight = weight
 
+    try:
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torchao.quantize_(pipe.model, getattr(torchao, _CONFIGS[kind])(), lambda module, name: module in linears)
+    except BaseException:
+        restore()
+        raise
     handle.later(restore)
     return handle.on()

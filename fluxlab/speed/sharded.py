@@ -33,15 +33,20 @@ def shard(pipe: Pipeline, minutes: float = 10) -> Handle:
         minutes: to wait for another process before the run ends.
 
     Raises:
-        ValueError: this is a single process, not one of several that ``torchrun`` started.
+        ValueError: this is a single process, not one of several that ``torchrun`` started; or weights are not in
+            memory, as with ``low_memory``.
     """
     if processes() < 2:
         raise ValueError("this is one process; start several: torchrun --nproc-per-node 2 -m fluxlab generate …")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    if any(p.is_meta for part in (pipe.model, pipe.text.t5) for p in part.parameters()):
+        raise ValueError("weights are not in memory: low_memory has them come one by one; load with low_memory=False")
     handle = Handle(pipe, "shard", f"shard over {processes()} processes")
     cuda = torch.device(pipe.device).type == "cuda"
+    if cuda:
+        torch.cuda.set_device(pipe.model.img_in.weight.device)  # where FSDP puts a block's parts together
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=minutes))
     mesh = init_device_mesh("cuda" if cuda else "cpu", (processes(),))
@@ -52,7 +57,12 @@ def shard(pipe: Pipeline, minutes: float = 10) -> Handle:
         fully_shard(block, mesh=mesh, mp_policy=policy)
 
     def restore() -> None:
+        lora = pipe.lora if pipe.lora is not None and not pipe.lora.merged else None
+        if lora is not None:  # which is of the modules that were divided
+            lora.undo()
         pipe.model, pipe.text.t5 = _gathered(model), _gathered(t5)
+        if lora is not None:
+            pipe.lora = pipe.add_lora(lora.strengths)
 
     handle.later(restore)
     return handle.on()
@@ -63,6 +73,9 @@ def _gathered(module: Any) -> Any:
     from torch.distributed.tensor import DTensor
 
     weights = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in module.state_dict().items()}
-    whole = type(module)(module.config)
+    with torch.device("meta"):
+        whole = type(module)(module.config)
     whole.load_state_dict(weights, assign=True)
+    if callable(tie := getattr(whole, "tie_weights", None)):
+        tie()  # T5's one table of words has two names
     return whole.eval().requires_grad_(False)

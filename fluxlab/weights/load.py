@@ -99,6 +99,8 @@ def weights_of(module: nn.Module, path: str | Path, dtype: torch.dtype | None = 
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     kind = {"T5EncoderModel": "t5", "CLIPTextModel": "clip"}.get(type(module).__name__)  # else any module, as Redux's
     tensors = open_tensors(path) if kind is None else _encoder(open_part(path, kind), wanted)
+    if kind is None:  # transformers wrote SigLIP's names after a prefix, and does so no more
+        tensors = tensors.renamed({n if n in wanted else n.removeprefix("vision_model."): n for n in tensors})
     check_shapes(tensors, wanted)
     return tensors.cast(dtype or _narrowest(tensors))
 

@@ -28,7 +28,8 @@ class Lora:
         """Of modules by part, "transformer", "clip" and "t5"; and of files, each with its strength, usually 0 to 1.
 
         Raises:
-            WeightsError: a file cannot be read, or does not fit the modules; nothing is changed then.
+            WeightsError: a file cannot be read, or does not fit the modules, or widens a model that another widened;
+                nothing is changed then.
             ValueError: a strength is no finite number, or a file is named twice.
         """
         if not isinstance(files, Mapping) or len({str(file) for file in files}) < len(files):
@@ -48,6 +49,12 @@ class Lora:
             self._scales |= scales
             for change in changes:
                 self._changes[change.layer].append((file, change))
+        model: Any = self._model
+        img_in = model.img_in
+        widens = any(change.down.shape[1] > img_in.in_features for _, change in self._changes.get(img_in, ()))
+        if widens and model.config.in_channels > img_in.in_features:
+            said = "another LoRA that is on widens img_in, as these do; take that off, or give all files at once"
+            raise WeightsError(f"{', '.join(self.strengths)}: {said}")
         for layer, of_layer in self._changes.items():  # not in hooks: who looks at a layer's output sees the sum
             self._wrap(layer, partial(_sum, layer, of_layer, self.strengths))
         for norm, scale in self._scales.items():
@@ -58,7 +65,8 @@ class Lora:
         """Change how much of a file is added. Scales of norms that it replaces are its own at any strength.
 
         Raises:
-            ValueError: the strength is no finite number, there is no such file here, or they were taken off.
+            ValueError: the strength is no finite number, there is no such file here, they were taken off, or weights
+            were changed since.
         """
         if str(file) not in self.strengths:
             raise ValueError(f"{str(file)!r} is none of these LoRAs: {', '.join(self.strengths)}")
@@ -78,10 +86,11 @@ class Lora:
         The weights from before are kept for ``undo``, which takes memory where they are not mapped to their file.
 
         Raises:
-            WeightsError: weights are quantized, or not in memory; nothing is changed then.
+            WeightsError: weights are quantized, divided or not in memory; nothing is changed then.
+        ValueError: weights were changed since.
         """
         for layer in self._changes:
-            if layer.weight.is_meta or not layer.weight.is_floating_point():
+            if layer.weight.is_meta or type(layer.weight) is not nn.Parameter or not layer.weight.is_floating_point():
                 raise WeightsError(f"a weight is {layer.weight.dtype} on {layer.weight.device}; keep the LoRA apart")
         self.undo()
         for layer, changes in self._changes.items():

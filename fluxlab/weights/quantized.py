@@ -116,7 +116,7 @@ def finite(tensor: Tensor, name: str, path: Path) -> Tensor:
     """
     if not tensor.is_floating_point():
         raise WeightsError(f"{path}: {name} is {tensor.dtype}, where floating was expected")
-    if not tensor.isfinite().all():
+    if not tensor.float().isfinite().all():
         raise WeightsError(f"{path}: {name} has values that are not finite; fetch the file again")
     return tensor
 

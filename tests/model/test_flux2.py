@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_said():
         Flux2(SMALL)(**given | {"guidance": None})
     with pytest.raises(ValueError, match="guidance is given, and this model has no guidance embedder; leave"):
         Flux2(replace(SMALL, guidance_embed=False))(**given)
-    with pytest.raises(fl.ConfigError, match="hidden_size is 63, which is not 2 heads of 32"):
+    with pytest.raises(fl.ConfigError, match="num_heads is 2, which does not divide hidden_size 63"):
         replace(SMALL, hidden_size=63)
     with pytest.raises(fl.ConfigError, match="depths is not a field of Flux2Config; the fields are in_channels"):
         fl.build("flux2-dev", device="meta", depths=2)

@@ -125,7 +125,10 @@ def test_every_command_has_help(command, said):
     "arguments",
     [
         ["generate", "a ring", "--output", "file/x.png"],
+        ["generate", "a ring", "--lora", "x.safetensors=0.5", "--lora", "x.safetensors=0.8"],
         ["export", "--output", "file/exported"],
+        ["export", "--output", "out", "--weights"],
+        ["export", "--output", "out", "--opset", "17"],
         ["export", "flux-dev", "--output", "file/x.onnx"],
         ["export", "flux-dev", "--output", "x.onnx", "--opset", "3"],
         ["explain", "vecc"],

@@ -111,6 +111,8 @@ def test_what_is_streamed_must_be_what_was_announced(tmp_path):
     said = r"a of torch.float32 \[3\] came, where a of torch.float32 \[2\] was expected"
     with pytest.raises(fl.WeightsError, match=said):
         stream_tensors({"a": torch.ones(2)}, [("a", torch.ones(3))], tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="shorter"):
+        stream_tensors({"a": torch.ones(2)}, [], tmp_path / "x.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 

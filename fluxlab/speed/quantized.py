@@ -54,6 +54,7 @@ def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
             if now != was:  # moved or cast since
                 weight.data = weight.data.to(*now)
             linear.weight = weight
+            vars(linear).pop("extra_repr", None)  # torchao's
 
     try:
         with quiet(), warnings.catch_warnings():

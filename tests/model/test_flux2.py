@@ -100,6 +100,7 @@ def test_inner_tensors_are_seen():
     assert tape["single_blocks.0.linear1"].shape == (2, 19, 3 * 64 + 2 * 192)
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 def test_what_does_not_fit_is_said():
     given = inputs(SMALL)
     with pytest.raises(ValueError, match="guidance is None, and this model needs guidance"):
@@ -108,6 +109,15 @@ def test_what_does_not_fit_is_said():
         Flux2(replace(SMALL, guidance_embed=False))(**given)
     with pytest.raises(fl.ConfigError, match="num_heads is 2, which does not divide hidden_size 63"):
         replace(SMALL, hidden_size=63)
+    for wrong, said in (
+        ({"depth": -1}, "depth is -1"),
+        ({"mlp_ratio": -1}, "mlp_ratio is -1"),
+        ({"axes_dim": 32}, "give"),
+    ):
+        with pytest.raises(fl.ConfigError, match=said):
+            replace(SMALL, **wrong)
+    with pytest.raises(fl.ConfigError, match="RoPE turns features in pairs"):
+        fl.build("flux2-dev", device="meta", axes_dim=(31, 33, 32, 32))
     with pytest.raises(fl.ConfigError, match="depths is not a field of Flux2Config; the fields are in_channels"):
         fl.build("flux2-dev", device="meta", depths=2)
     assert len(fl.build("flux2-klein-4b", device="meta", depth=1, depth_single_blocks=2).single_blocks) == 2

@@ -36,6 +36,13 @@ def test_a_batch_gives_what_each_prompt_gives_alone(tiny):
 
 
 @pytest.mark.usefixtures("as_users_run_it")
+def test_one_prompt_serves_several_seeds(tiny):
+    inputs = tiny.prepare(["a red ring"], [0, 1], 128, 128)
+    assert len(inputs.img) == len(inputs.txt) == len(inputs.y) == 2
+    with pytest.raises(ValueError, match="2 prompts and 3 seeds; give one seed"):
+        tiny.prepare(["a", "b"], [0, 1, 2], 128, 128)
+
+
 def test_a_list_gives_a_list(tiny):
     assert len(tiny([PROMPT], **FEW)) == 1
     for seeds in ([0, 1, 2], range(3), np.arange(3), torch.arange(3), (i for i in range(3))):

@@ -1,5 +1,7 @@
 """Redux on random weights, beside diffusers' pipeline that comes before FluxPipeline."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from typer.testing import CliRunner
 
 import fluxlab as fl
 from fluxlab.cli import app
-from fluxlab.files import WeightsError, write_tensors
+from fluxlab.files import WeightsError, read_tensors, write_tensors
 from fluxlab.pipeline.redux import Redux, ReduxEmbedder
 from fluxlab.weights.convert import convert
 from tests.helpers import randomise
@@ -125,6 +127,22 @@ def test_it_is_read_as_diffusers_writes_it(folder, pipe, tmp_path):
         (tmp_path / name).symlink_to(folder / name)
     images = [photo("red"), photo("green")]
     assert torch.equal(Redux.load(tmp_path, dtype=None, context_dim=128)(images), pipe.redux(images))
+
+
+def test_it_is_read_as_published(folder, tmp_path):
+    """Whose SigLIP has names of an older transformers."""
+    shutil.copytree(folder, tmp_path / "x")
+    weights = tmp_path / "x/image_encoder/model.safetensors"
+    write_tensors({f"vision_model.{name}": tensor for name, tensor in read_tensors(weights).items()}, weights)
+    found, plain = (Redux.load(each, context_dim=128).state_dict() for each in (tmp_path / "x", folder))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in plain.items())
+
+
+def test_a_cache_tells_text_with_pictures_from_text_without(pipe):
+    picture = photo("red")
+    with fl.speed.cache_steps(pipe, 1e9) as cache:
+        pipe("", image=picture, true_cfg=3.0, num_steps=3, progress=False)
+    assert (cache.forwards, cache.skipped) == (6, 4)
 
 
 def test_it_is_moved_and_cast_with_the_pipeline(folder):

@@ -100,6 +100,11 @@ def test_what_is_no_text_is_refused(tiny, prompts, message):
         tiny.text.tokenize(prompts)
 
 
+def test_code_without_a_name_is_warned_too(tiny):
+    with pytest.warns(UserWarning, match="this part is cut"):
+        exec("encode('a ' * 100)", {"encode": tiny.text.tokenize, "__builtins__": {}})
+
+
 def test_the_warning_of_a_long_prompt_points_at_the_callers_line(tiny):
     with pytest.warns(UserWarning, match="this part is cut") as caught:
         tiny.text("red " * 40)

@@ -10,13 +10,16 @@ from itertools import combinations, permutations
 import numpy as np
 import pytest
 import torch
+import torchao
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
 
 import fluxlab as fl
 from fluxlab.pipeline.schedule import schedule
+from fluxlab.weights.find import data_folder
 
 PROMPTS = ["a small red circle left of a large blue square on a white background", "a large star on a navy background"]
+CANNY = data_folder() / "flux-tiny/flux-tiny-canny-dev-lora.safetensors"
 PUT = {
     "quantize": fl.speed.quantize,
     "compile": lambda pipe: fl.speed.compile(pipe, backend="eager"),
@@ -139,6 +142,26 @@ def test_release_without_the_file_is_refused(pipe, change, message):
     assert not pipe.speedups
 
 
+def test_release_beside_others(pipe):
+    with fl.speed.quantize(pipe), pytest.raises(ValueError, match=r"is not what its file says, as .* or in int8"):
+        fl.speed.modulation_ahead(pipe, release=True)
+    assert not pipe.speedups
+    edges = Image.new("RGB", (128, 128))
+    with pipe.add_lora({CANNY: 1.0}):  # it widens img_in
+        plain = painted(pipe, control=edges)
+        with fl.speed.modulation_ahead(pipe, release=True):
+            assert far(painted(pipe, control=edges), plain) <= 1
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_nothing_stays_behind(pipe):
+    before = {name: {*vars(module)} for name, module in pipe.model.named_modules()}
+    for put in PUT.values():
+        with put(pipe):
+            painted(pipe, num_steps=2)
+    assert {name: {*vars(module)} for name, module in pipe.model.named_modules()} == before
+
+
 def test_release_of_what_is_on_the_disk_is_refused():
     pipe = fl.load("flux-tiny-dev", low_memory=True)
     plain = painted(pipe)
@@ -193,6 +216,14 @@ def test_a_cached_loop_remembers_no_other(pipe):
         painted(pipe, PROMPTS[1])
         painted(pipe, height=64, width=64)
         assert far(painted(pipe), once) == 0
+
+
+def test_a_loop_from_a_picture_begins_anew():
+    pipe, picture = fl.load("flux-tiny-schnell"), Image.new("RGB", (128, 128), "navy")
+    with fl.speed.cache_steps(pipe, 1e9) as cache:
+        pipe(PROMPTS[1], num_steps=1, progress=False)
+        pipe(PROMPTS[1], image=picture, strength=0.5, num_steps=4, progress=False)  # begins after the other ended
+    assert (cache.forwards, cache.skipped) == (2, 1)
 
 
 def test_skipping_by_hand(pipe):
@@ -384,6 +415,26 @@ def test_sharding_one_process_is_refused(pipe):
         fl.speed.shard(pipe)
 
 
+def test_sharding_what_is_on_the_disk_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="weights are not in memory: low_memory has them come one by one; load with"):
+        fl.speed.shard(fl.load("flux-tiny-dev", low_memory=True))
+
+
+def test_quantizing_that_fails_changes_nothing(pipe, monkeypatch):
+    real, plain = torchao.quantization.quantize_, painted(pipe, num_steps=2)
+
+    def fails(model, config, chosen):
+        real(model.double_blocks, config)
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr(torchao.quantization, "quantize_", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        fl.speed.quantize(pipe)
+    assert not pipe.speedups
+    assert far(painted(pipe, num_steps=2), plain) == 0
+
+
 def torchrun(folder, *arguments, number=2, module=("-m", "fluxlab")):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -405,9 +456,11 @@ SCRIPT = """
 import os, sys
 import numpy as np, torch
 import fluxlab as fl
-pipe = fl.load("flux-tiny-dev")
+from PIL import Image
+pipe = fl.load("flux-tiny-dev", lora={{{lora!r}: 1.0}})
+edges = Image.new("RGB", (128, 128))
 def paint():
-    return np.asarray(pipe({prompt!r}, num_steps=8, seed=3, progress=False)).astype(int)
+    return np.asarray(pipe({prompt!r}, control=edges, num_steps=8, seed=3, progress=False)).astype(int)
 plain, held = paint(), sum(p.numel() for p in pipe.model.parameters())
 blocks = sum(p.numel() for b in (*pipe.model.double_blocks, *pipe.model.single_blocks) for p in b.parameters())
 handle = fl.speed.shard(pipe)
@@ -418,12 +471,15 @@ with fl.speed.modulation_ahead(pipe), fl.speed.cache_steps(pipe, 0.3) as cached:
     assert abs(paint() - plain).mean() < 3 and cached.skipped
 handle.undo()
 assert abs(paint() - plain).max() == 0
+pipe.lora.undo()
+assert pipe.model.config.in_channels == 64
+assert pipe.text.t5.shared.weight is pipe.text.t5.encoder.embed_tokens.weight
 print("fine")
 """
 
 
 def test_each_process_holds_half_and_it_comes_off_again(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT.format(prompt=PROMPTS[0]))
+    (tmp_path / "script.py").write_text(SCRIPT.format(prompt=PROMPTS[0], lora=str(CANNY)))
     ran = torchrun(tmp_path, module=["script.py"])
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("fine") == 2

@@ -462,6 +462,44 @@ def test_what_is_said_twice_is_refused(tmp_path, model):
         Lora({"transformer": model}, {str(tmp_path / "x"): 1, tmp_path / "x": 0.25})
 
 
+def test_one_at_a_time_widens(tmp_path, model):
+    for name in ("a", "b"):
+        tensors = {each: tensor for each, tensor in bfl(model).items() if not each.endswith("scale")}
+        write_tensors(tensors, tmp_path / name)
+    with (
+        Lora({"transformer": model}, {tmp_path / "a": 1}),
+        pytest.raises(fl.WeightsError, match="b: another LoRA that is on widens img_in, as these do; take that off"),
+    ):
+        Lora({"transformer": model}, {tmp_path / "b": 1})
+    with Lora({"transformer": model}, {tmp_path / "a": 1, tmp_path / "b": 1}) as both:
+        assert model.config.in_channels == 128
+        assert len(both.strengths) == 2
+    assert model.config.in_channels == 64
+
+
+def test_what_is_quantized_keeps_its_lora_apart(tiny, tmp_path):
+    pipe = fl.load("flux-tiny-dev")
+    tensors, _ = official(pipe.model, ["double_blocks.0.img_attn.qkv"])
+    write_tensors(tensors, tmp_path / "x")
+    lora = pipe.add_lora({tmp_path / "x": 1.0})
+    with fl.speed.quantize(pipe):
+        with pytest.raises(fl.WeightsError, match="keep the LoRA apart"):
+            lora.merge()
+        assert "forward" in vars(pipe.model.double_blocks[0].img_attn.qkv)
+
+
+def test_a_lora_of_eight_bits_is_read(tmp_path, model):
+    tensors, _ = official(model, ["img_in"])
+    eight = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+    write_tensors(eight, tmp_path / "x")
+    write_tensors({name: tensor.float() for name, tensor in eight.items()}, tmp_path / "y")
+    found = []
+    for name in ("x", "y"):
+        with Lora({"transformer": model}, {tmp_path / name: 1}):
+            found.append(out(model))
+    assert torch.equal(*found)
+
+
 @pytest.mark.usefixtures("as_users_run_it")
 def test_files_without_strengths_are_refused(model):
     for files in ("style.safetensors", ["style.safetensors"]):

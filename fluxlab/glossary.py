@@ -183,7 +183,7 @@ AUTOENCODER = {
     r"(encoder|decoder)\.mid\.attn_1\.proj_out": "A 1x1 convolution after the VAE's attention.",
 }
 
-# What FLUX.2 has otherwise, name by name and then word by word; it has no CLIP, no bias, and shared modulations.
+# How FLUX.2 differs, name by name and then word by word: it has no CLIP, no bias, and shared modulations.
 _SECOND = {
     r"double_blocks\.\{i\}\.(img|txt)_mod\.": r"double_stream_modulation_\1.",
     r"single_blocks\.\{i\}\.modulation\.": "single_stream_modulation.",

@@ -1,4 +1,4 @@
-"""FLUX.2, the next model of the same house: what it does otherwise. Opened in chapter 18.
+"""FLUX.2, the next model of the same house: what it does differently. Opened in chapter 18.
 
 One modulation serves all double blocks of a stream, and one all single blocks; no Linear has a bias; the MLP is gated
 (SwiGLU); there are four axes, and text has places on the last of them; there is no CLIP, and the text comes from three

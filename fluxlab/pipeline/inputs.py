@@ -32,7 +32,11 @@ class FluxInputs:
         return {name: tensor for name, tensor in given.items() if tensor is not None}
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file with one tensor for each input."""
+        """Write a safetensors file with one tensor for each input.
+
+        Raises:
+            WeightsError: they have no numbers, as on the meta device.
+        """
         write_tensors(self.kwargs(), path)
 
     @classmethod

@@ -34,6 +34,9 @@ def noise(
     """Unit noise in the latent's shape, one seed for each item of the batch, in float32.
 
     It is drawn on the CPU, so that a seed gives the same start on any device and in any batch.
+
+    Raises:
+        ValueError: a seed is not a whole number of 64 bits, or a side or ``channels`` not one of at least 1.
     """
     rows, columns = grid(height, width)
     shape = (whole("channels", channels), PATCH * rows, PATCH * columns)
@@ -80,6 +83,9 @@ def image_ids(
     """Index, row and column of each image token of pictures of a size in pixels, in float32, in the order of ``pack``.
 
     The index is 0 for the picture that is made; Kontext puts 1 on the picture it is shown.
+
+    Raises:
+        ValueError: a side or the batch is not a whole number of at least 1, or the index not one of at least 0.
     """
     rows, columns = grid(height, width)
     ids = torch.zeros(rows, columns, 3, dtype=torch.float32, device=device)

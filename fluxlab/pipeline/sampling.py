@@ -57,8 +57,8 @@ def denoise(
         shown: what the model is shown beside the noise; the loop moves the noise alone.
 
     Raises:
-        ValueError: the times do not fall or lie beyond 0 and 1; ``true_cfg`` without ``negative``; noise and what is
-            shown have not the channels that the model takes; ``inputs.img`` is not finite, or what the model predicts,
+        ValueError: the times do not fall or lie beyond 0 and 1; ``true_cfg`` without ``negative``; noise and what
+            is shown do not have the channels that the model takes; ``inputs.img`` is not finite, or what is predicted,
             at the first step where it is so.
 
     Source: "Flow Straight and Fast", Liu et al. 2022; "Classifier-Free Diffusion Guidance", Ho and Salimans 2022.

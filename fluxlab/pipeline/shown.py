@@ -52,7 +52,7 @@ class Shown:
 
     @classmethod
     def reference(cls, latent: Tensor) -> "Shown":
-        """For Kontext: the latent of the picture to change, whose places have 1 on the axis that is else 0."""
+        """For Kontext: the latent of the picture to change, whose places have 1 on the axis that is otherwise 0."""
         height, width = (side * COMPRESSION for side in latent.shape[-2:])
         ids = image_ids(len(latent), height, width, index=1, device=ids_device(latent.device))
         return cls(tokens=pack(latent), ids=ids)

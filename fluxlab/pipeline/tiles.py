@@ -11,13 +11,21 @@ from fluxlab.pipeline.latents import COMPRESSION
 
 
 def encode(autoencoder: AutoEncoder, pixels: Tensor, tiled: bool = False) -> Tensor:
-    """Pixels in [-1, 1] to a latent; in tiles of twice the side that the VAE was trained on, 512 pixels in FLUX."""
+    """Pixels in [-1, 1] to a latent; in tiles of twice the side that the VAE was trained on, 512 pixels in FLUX.
+
+    Raises:
+        ValueError: the latent is not finite.
+    """
     side = 2 * autoencoder.config.resolution if tiled else max(pixels.shape)
     return finite(in_tiles(autoencoder.encode, pixels, side, side // COMPRESSION), "the latent of image")
 
 
 def decode(autoencoder: AutoEncoder, latent: Tensor, tiled: bool = False) -> Tensor:
-    """A latent to pixels, in the same tiles."""
+    """A latent to pixels, in the same tiles.
+
+    Raises:
+        ValueError: the pixels are not finite.
+    """
     side = 2 * autoencoder.config.resolution // COMPRESSION if tiled else max(latent.shape)
     return finite(in_tiles(autoencoder.decode, latent, side, side * COMPRESSION), "what the VAE decoded")
 

@@ -19,6 +19,9 @@ def compile(pipe: Pipeline, whole: bool = False, **options: Any) -> Handle:
         pipe: whose transformer.
         whole: the forward as one program.
         **options: of ``torch.compile``, such as ``mode="max-autotune"``.
+
+    Raises:
+        ValueError: something is on the pipeline that comes after it, or does not go with it.
     """
     kind = "compile whole" if whole else "compile"
     handle = Handle(pipe, kind, kind)

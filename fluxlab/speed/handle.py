@@ -23,7 +23,7 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and a.device == b.device and torch.equal(a, b))
 
 
-def _refuse_a_copy(memo: dict[int, Any]) -> None:
+def _refuse_a_copy(_: dict[int, Any]) -> None:
     """
     Raises:
         ValueError: as the copy would run what was put on the original, with the original's weights.

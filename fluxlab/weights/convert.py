@@ -105,7 +105,7 @@ def convert_part(
 
 
 def factors(config: Config) -> dict[str, str]:
-    """What an official VAE file leaves to be known: the scale and shift of its latents, to go into its metadata."""
+    """What an official VAE file does not say: the scale and shift of its latents, to go into its metadata."""
     names = ("scale_factor", "shift_factor") if isinstance(config, AutoEncoderConfig) else ()
     return {name: str(getattr(config, name)) for name in names}
 

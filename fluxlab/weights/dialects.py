@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fluxlab.files import Checkpoint, Tensors, WeightsError, listed
 from fluxlab.model.transformer import Flux
 from fluxlab.weights.layouts import rules
-from fluxlab.weights.quantized import finite
+from fluxlab.weights.quantized import finite_weights
 
 _DIALECTS = {  # how a file's names look; the first that fits
     "XLabs": r".*\.processor\..*",
@@ -125,7 +125,7 @@ def read_lora(path: str | Path, modules: Mapping[str, nn.Module]) -> tuple[list[
             columns.add(max(place.layer.in_features, _SHOWN))
         _check_shapes(path, layers[place], shapes, place, columns)
     changes = [_change(layers[place], roles, place, tensors) for place, roles in found.items()]
-    return changes, {norm: finite(tensors[name], name, tensors.path) for norm, name in scales.items()}
+    return changes, {norm: finite_weights(tensors[name], name, tensors.path) for norm, name in scales.items()}
 
 
 def _check_shapes(
@@ -144,7 +144,7 @@ def _check_shapes(
 
 
 def _change(layer: str, roles: dict[str, str], place: _Place, tensors: Tensors) -> Change:
-    given = {role: finite(tensors[name], name, tensors.path) for role, name in roles.items()}
+    given = {role: finite_weights(tensors[name], name, tensors.path) for role, name in roles.items()}
     down, up, bias = given["down"], given["up"], given.get("bias")
     alpha = given["alpha"].item() if "alpha" in given else _told(tensors, layer, len(down))
     if not (isfinite(alpha) and alpha):

@@ -79,7 +79,7 @@ def fit(tensors: Iterable[Tensors], device: torch.device | str) -> bool:
 
 
 def free_memory(device: torch.device | str) -> int:
-    """Bytes that can be had on a device; where the system does not tell, more than any model takes."""
+    """Bytes that can be had on a device; where the system does not say, more than any model takes."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with contextlib.suppress(OSError):

@@ -57,7 +57,9 @@ def read_gguf(path: Path) -> Tensors:
         tensor, entry = given[name], entries[name]
         if tensor.tensor_type.name in _FLOATS:
             return torch.from_numpy(tensor.data).view(entry.dtype).reshape(entry.shape)
-        return finite(torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).reshape(entry.shape), name, path)
+        return finite_weights(
+            torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).reshape(entry.shape), name, path
+        )
 
     kinds = Counter(tensor.tensor_type.name for tensor in given.values())
     return Tensors(path, entries, read, {"quantization": _counted(kinds)}, kinds.keys() <= _FLOATS.keys())
@@ -83,7 +85,7 @@ def unscaled(tensors: Tensors) -> Tensors:
         if entry is None or entry.dtype not in _EIGHT_BITS.values() or factor.numel() not in (1, *entry.shape[:1]):
             what = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
             raise WeightsError(f"{path}: {scale} {list(factor.shape)} scales {weight}, which is {what}")
-        finite(tensors[scale].float(), scale, path)
+        finite_weights(tensors[scale].float(), scale, path)
         entries[weight] = entry.to(torch.float32)
 
     def read(name: str) -> Tensor:
@@ -108,7 +110,7 @@ def _formats(tensors: Tensors) -> set[str]:
         raise WeightsError(f"{tensors.path}: what it says of its quantization cannot be read ({error!r})") from error
 
 
-def finite(tensor: Tensor, name: str, path: Path) -> Tensor:
+def finite_weights(tensor: Tensor, name: str, path: Path) -> Tensor:
     """The tensor.
 
     Raises:

@@ -52,7 +52,7 @@ def stream(module: nn.Module, tensors: Tensors, device: torch.device | str = "cp
         for name, path in names[layer].items():
             setattr(layer, name, nn.Parameter(tensors.entries[path], requires_grad=False))
 
-    def refuse_a_copy(memo: dict[int, Any]) -> None:
+    def refuse_a_copy(_: dict[int, Any]) -> None:
         raise ValueError("a model whose weights stay in their file cannot be copied: load it again")
 
     vars(module)["__deepcopy__"] = refuse_a_copy

@@ -511,7 +511,7 @@ def test_shapes_are_checked_before_any_value_is_read(tmp_path, model, monkeypatc
     tensors, _ = official(model)
     last = list(tensors)[-1]
     write_tensors(tensors | {last: torch.ones(3, 3)}, tmp_path / "x")
-    monkeypatch.setattr("fluxlab.weights.dialects.finite", lambda *_: pytest.fail("a value was read"))
+    monkeypatch.setattr("fluxlab.weights.dialects.finite_weights", lambda *_: pytest.fail("a value was read"))
     with pytest.raises(fl.WeightsError, match="is it of another model"):
         Lora({"transformer": model}, {tmp_path / "x": 1})
 

@@ -1,10 +1,10 @@
 """The autograd graph of a module, drawn by torchviz and graphviz. No graphviz of the system's is needed."""
 
-import os
 import re
+import subprocess
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from fluxlab.extras import importing
 from fluxlab.inspect.diagram import Diagram
 from fluxlab.pipeline.inputs import FluxInputs
+
+_DRAW = """
+import sys, pygraphviz
+sys.stdout.buffer.write(pygraphviz.AGraph(string=sys.stdin.read()).draw(format="svg", prog="dot"))
+"""
 
 
 def graph(module: nn.Module, inputs: FluxInputs | Mapping[str, Tensor] | Tensor) -> Diagram:
@@ -23,9 +28,10 @@ def graph(module: nn.Module, inputs: FluxInputs | Mapping[str, Tensor] | Tensor)
 
     Raises:
         ValueError: the module is on the meta device, or needs no gradient.
+        RuntimeError: graphviz could not draw it.
     """
     with importing():
-        import pygraphviz
+        import pygraphviz  # noqa: F401
         from torchviz import make_dot
 
     parameters = dict(module.named_parameters())
@@ -43,20 +49,9 @@ def graph(module: nn.Module, inputs: FluxInputs | Mapping[str, Tensor] | Tensor)
         warnings.simplefilter("ignore", DeprecationWarning)  # torchviz asks distutils about torch's version
         dot = make_dot(output, params=parameters)
     source = re.sub(r"\b\d{9,}\b", lambda place: f"n{numbers.setdefault(place[0], len(numbers))}", dot.source)
-    with _quiet():
-        drawn = pygraphviz.AGraph(string=source).draw(format="svg", prog="dot")
-    svg = drawn.decode("utf-8")
+    # in a process of its own: graphviz' C libraries speak of the system's fonts, and a fault of theirs ends a process
+    drawn = subprocess.run([sys.executable, "-c", _DRAW], input=source.encode(), capture_output=True, check=False)
+    if drawn.returncode:
+        raise RuntimeError(f"graphviz could not draw it: {drawn.stderr.decode(errors='replace').strip()[-300:]}")
+    svg = drawn.stdout.decode()
     return Diagram(svg[svg.index("<svg") :])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Drop what graphviz' C libraries say of the system's fonts; what fails is still raised as a Python error."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)

@@ -94,11 +94,11 @@ def generate(
         options |= {name: Image.open(path) for name, path in shown.items() if path}
         images = [Image.open(path.expanduser()) for path in image or ()]
         options |= {"image": images[0] if len(images) == 1 else images} if images else {}
-        loras, low = dict(map(_strength, lora or ())), low_memory or None
+        loras, low = dict(map(_strength, lora or ())), low_memory or (False if processes() > 1 else None)
         if len(loras) < len(lora or ()):
             raise ValueError("--lora names a file twice; give each once")
         if processes() > 1 and device == "cuda":  # each process on a GPU of its own
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank())))
         pipe = fl.load(variant, source, device, lora=loras, redux=redux, low_memory=low)
         if processes() > 1:
             fl.speed.shard(pipe)

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from hashlib import sha256
-from itertools import product
-from math import floor, log10, prod
+from itertools import islice, product
+from math import floor, log10
 from typing import Any
 
 
@@ -38,9 +38,7 @@ def _forms(answer: Any) -> Iterator[str]:
         yield str(answer).strip().lower()
     elif hasattr(answer, "__len__"):
         forms = [list(_forms(each)) for each in answer]
-        if prod(map(len, forms)) > 10**5:
-            raise ValueError("more numbers than an answer has")
-        yield from map(" ".join, product(*forms))
+        yield from islice(map(" ".join, product(*forms)), 10**5)
     else:
         value = float(answer)
         if abs(value - round(value)) <= 1e-6 * min(1, abs(value)):  # a count, say: its neighbours are wrong

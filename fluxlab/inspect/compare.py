@@ -106,7 +106,7 @@ def _tensors(
         return dict(run)
     if inputs is None:
         raise ValueError("inputs is None; a module is run to be compared: give what it is called with, by name")
-    module = copy.deepcopy(run).eval()
+    module = run if dtype is None else copy.deepcopy(run).eval()
     given = dict(inputs.kwargs() if isinstance(inputs, FluxInputs) else inputs)
     if dtype is not None:
         module = module.to(dtype)

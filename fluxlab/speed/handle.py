@@ -46,6 +46,13 @@ class Handle:
             if {kind, other} in _APART:
                 raise ValueError(f"{kind} does not go with {other}, which is on this pipeline; undo that first")
 
+    def __deepcopy__(self, _: dict[int, Any]) -> "Handle":
+        """
+        Raises:
+            ValueError: the copy would undo what is on the original.
+        """
+        raise ValueError("a pipeline with a speed-up on cannot be copied: undo it first")
+
     def put(self, module: nn.Module, method: Callable[..., Any], name: str = "forward") -> None:
         """Another forward for a module, until ``undo``; or another method."""
         own = vars(module)
@@ -55,7 +62,7 @@ class Handle:
             self.later(partial(own.pop, name))
         own[name] = method
         if name == "forward":
-            self.put(self.pipe.model, _refuse_a_copy, "__deepcopy__")
+            self.put(module, _refuse_a_copy, "__deepcopy__")
 
     def later(self, undo: Callable[[], object]) -> None:
         """What else ``undo`` has to do; what comes last is done first."""

@@ -1,12 +1,14 @@
 """One model over several processes: each holds a part of every block's weights, by PyTorch's FSDP2."""
 
 import os
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import distributed
 
+from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.speed.handle import Handle
 
@@ -26,7 +28,8 @@ def shard(pipe: Pipeline, minutes: float = 10) -> Handle:
 
     ``torchrun --nproc-per-node 2 -m fluxlab generate "a red circle"`` does it by itself. Every process runs the same
     script and paints the same picture; before a block runs, each gets the others' parts of it, and drops them after.
-    On CPUs they talk by gloo, on GPUs by NCCL. Inputs are not cast.
+    On CPUs they talk by gloo, on GPUs by NCCL. Inputs are not cast. A LoRA that the pipeline was loaded with is there
+    again after ``undo``; one that ``add_lora`` put on is not.
 
     Args:
         pipe: of every process alike.
@@ -57,7 +60,7 @@ def shard(pipe: Pipeline, minutes: float = 10) -> Handle:
         fully_shard(block, mesh=mesh, mp_policy=policy)
 
     def restore() -> None:
-        lora = pipe.lora if pipe.lora is not None and not pipe.lora.merged else None
+        lora = pipe.lora if pipe.lora is not None and pipe.lora.on and not pipe.lora.merged else None
         if lora is not None:  # which is of the modules that were divided
             lora.undo()
         pipe.model, pipe.text.t5 = _gathered(model), _gathered(t5)
@@ -73,8 +76,11 @@ def _gathered(module: Any) -> Any:
     from torch.distributed.tensor import DTensor
 
     weights = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in module.state_dict().items()}
+    config = module.config
+    if isinstance(module, Flux):  # which a LoRA that is not here any more may have widened
+        config = replace(config, in_channels=module.img_in.in_features)
     with torch.device("meta"):
-        whole = type(module)(module.config)
+        whole = type(module)(config)
     whole.load_state_dict(weights, assign=True)
     if callable(tie := getattr(whole, "tie_weights", None)):
         tie()  # T5's one table of words has two names

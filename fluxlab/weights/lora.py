@@ -61,6 +61,11 @@ class Lora:
             self._wrap(norm, partial(_with_scale, norm, scale))
         self._widen()
 
+    @property
+    def on(self) -> bool:
+        """Whether they are on the model, apart or merged."""
+        return bool(self._before)
+
     def set_strength(self, file: str | Path, strength: float) -> None:
         """Change how much of a file is added. Scales of norms that it replaces are its own at any strength.
 
@@ -70,7 +75,7 @@ class Lora:
         """
         if str(file) not in self.strengths:
             raise ValueError(f"{str(file)!r} is none of these LoRAs: {', '.join(self.strengths)}")
-        if not self._before:
+        if not self.on:
             raise ValueError("these LoRAs were taken off; merge() puts them on again")
         before, self.strengths[str(file)] = self.strengths[str(file)], _checked(file, strength)
         if self.merged:
@@ -87,7 +92,7 @@ class Lora:
 
         Raises:
             WeightsError: weights are quantized, divided or not in memory; nothing is changed then.
-        ValueError: weights were changed since.
+            ValueError: weights were changed since.
         """
         for layer in self._changes:
             if layer.weight.is_meta or type(layer.weight) is not nn.Parameter or not layer.weight.is_floating_point():

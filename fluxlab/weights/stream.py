@@ -64,8 +64,8 @@ def stream(module: nn.Module, tensors: Tensors, device: torch.device | str = "cp
             hooks.append(layer.register_forward_hook(go, always_call=True))
 
     def stop() -> None:
-        del vars(module)["__deepcopy__"]
         for hook in hooks:
             hook.remove()
+        vars(module).pop("__deepcopy__", None)
 
     return stop

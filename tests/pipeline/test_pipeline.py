@@ -35,7 +35,6 @@ def test_a_batch_gives_what_each_prompt_gives_alone(tiny):
     assert all(abs(pixels(a) - pixels(b)).max() <= 1 for a, b in zip(together, alone, strict=True))
 
 
-@pytest.mark.usefixtures("as_users_run_it")
 def test_one_prompt_serves_several_seeds(tiny):
     inputs = tiny.prepare(["a red ring"], [0, 1], 128, 128)
     assert len(inputs.img) == len(inputs.txt) == len(inputs.y) == 2
@@ -43,6 +42,7 @@ def test_one_prompt_serves_several_seeds(tiny):
         tiny.prepare(["a", "b"], [0, 1, 2], 128, 128)
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 def test_a_list_gives_a_list(tiny):
     assert len(tiny([PROMPT], **FEW)) == 1
     for seeds in ([0, 1, 2], range(3), np.arange(3), torch.arange(3), (i for i in range(3))):

@@ -370,8 +370,13 @@ def test_a_copy_that_would_run_the_originals_weights_is_refused(pipe, name):
     inputs = pipe.prepare([PROMPTS[0]], [0], 128, 128)
     with PUT[name](pipe), PUT["cache_steps"](pipe) if name != "cache_steps" else nullcontext():
         for run in (copy.deepcopy, lambda model: fl.compare(model, model, inputs), lambda _: copy.deepcopy(pipe)):
-            with pytest.raises(ValueError, match="a model with a speed-up on cannot be copied: undo it first"):
+            with pytest.raises(ValueError, match="with a speed-up on cannot be copied: undo it first"):
                 run(pipe.model)
+        with pytest.raises(ValueError, match="with a speed-up on cannot be copied: undo it first"):
+            copy.deepcopy(pipe.model.double_blocks[0])
+        with fl.capture(pipe.model, ["vec", "velocity"]) as tape:
+            pipe.model(**inputs.kwargs())
+        assert fl.compare(pipe.model, tape, inputs).first is None  # one beside a tape is not copied
     changed = copy.deepcopy(pipe.model)
     changed.double_blocks[1].img_mlp[0].bias.data += 1
     assert fl.compare(pipe.model, changed, inputs).first == "double_blocks.1.img_mlp.0"
@@ -473,6 +478,9 @@ handle.undo()
 assert abs(paint() - plain).max() == 0
 pipe.lora.undo()
 assert pipe.model.config.in_channels == 64
+before = np.asarray(pipe({prompt!r}, num_steps=2, seed=3, progress=False)).astype(int)
+fl.speed.shard(pipe).undo()
+assert abs(np.asarray(pipe({prompt!r}, num_steps=2, seed=3, progress=False)).astype(int) - before).max() == 0
 assert pipe.text.t5.shared.weight is pipe.text.t5.encoder.embed_tokens.weight
 print("fine")
 """

@@ -98,7 +98,7 @@ def generate(
         if len(loras) < len(lora or ()):
             raise ValueError("--lora names a file twice; give each once")
         if processes() > 1 and device == "cuda":  # each process on a GPU of its own
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank())))
+            device = f"cuda:{os.environ.get('LOCAL_RANK', rank())}"
         pipe = fl.load(variant, source, device, lora=loras, redux=redux, low_memory=low)
         if processes() > 1:
             fl.speed.shard(pipe)

@@ -181,8 +181,8 @@ def _release(handle: Handle, pipe: Pipeline, layers: list[Any]) -> None:
     if any(held[name].is_meta for name in own):
         raise ValueError("the weights are on the disk already, as low_memory has them; leave release out")
     tensors = opened(pipe.files.transformer, pipe.variant.transformer, "official", pipe.dtype)
-    plain = {name: type(held[name]) is nn.Parameter for name in own}  # as torchao's are not
-    if changed := [name for name in own if not plain[name] or not torch.equal(tensors[name], held[name].cpu())]:
+    plain = [name for name in own if type(held[name]) is nn.Parameter]  # as torchao's are not
+    if changed := [name for name in own if name not in plain or not torch.equal(tensors[name], held[name].cpu())]:
         raise ValueError(
             f"{changed[0]} is not what its file says, as after a LoRA was merged, or in int8; undo that first"
         )

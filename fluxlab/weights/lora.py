@@ -36,7 +36,8 @@ class Lora:
             raise ValueError(f"files is {files!r}; give each file once, with its strength, as {{'x.safetensors': 1}}")
         self.strengths = {str(file): _checked(file, strength) for file, strength in files.items()}
         self.merged = False
-        self._model: Any = modules["transformer"]
+        model: Any = modules["transformer"]
+        self._model = model
         self._changes: dict[Any, list[tuple[str, Change]]] = defaultdict(list)
         self._scales: dict[Any, Tensor] = {}  # of norms, which BFL's files replace
         self._before: list[Callable[[], None]] = []  # each gives one thing back
@@ -49,10 +50,7 @@ class Lora:
             self._scales |= scales
             for change in changes:
                 self._changes[change.layer].append((file, change))
-        model: Any = self._model
-        img_in = model.img_in
-        widens = any(change.down.shape[1] > img_in.in_features for _, change in self._changes.get(img_in, ()))
-        if widens and model.config.in_channels > img_in.in_features:
+        if self._columns() > self._model.img_in.in_features < self._model.config.in_channels:
             said = "another LoRA that is on widens img_in, as these do; take that off, or give all files at once"
             raise WeightsError(f"{', '.join(self.strengths)}: {said}")
         for layer, of_layer in self._changes.items():  # not in hooks: who looks at a layer's output sees the sum
@@ -71,7 +69,7 @@ class Lora:
 
         Raises:
             ValueError: the strength is no finite number, there is no such file here, they were taken off, or weights
-            were changed since.
+                were changed since.
         """
         if str(file) not in self.strengths:
             raise ValueError(f"{str(file)!r} is none of these LoRAs: {', '.join(self.strengths)}")
@@ -152,9 +150,12 @@ class Lora:
 
     def _widen(self) -> None:
         """A model that is shown edges or depth beside the noise takes them as more channels."""
-        columns = max((change.down.shape[1] for _, change in self._changes.get(self._model.img_in, ())), default=0)
-        if columns > self._model.config.in_channels:
+        if (columns := self._columns()) > self._model.config.in_channels:
             self._set(self._model, "config", replace(self._model.config, in_channels=columns))
+
+    def _columns(self) -> int:
+        """How many channels a token has that ``img_in`` takes with these; 0 where they leave it alone."""
+        return max((change.down.shape[1] for _, change in self._changes.get(self._model.img_in, ())), default=0)
 
     def _set(self, owner: Any, name: str, value: object) -> None:
         before = getattr(owner, name)

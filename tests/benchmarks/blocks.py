@@ -130,7 +130,7 @@ def check(block: str, dtype, kinds: dict[str, Run]) -> None:
 @torch.no_grad()
 def forward(quick: bool) -> None:
     """Eager, and the whole compiled."""
-    seconds, least = (4, 3) if quick else (10, 5)
+    seconds, least = (4, 3) if quick else (6, 3)
     sizes = SIZES[1:] if quick else SIZES
     for dtype in (torch.bfloat16,) if DEVICE == "cuda" else (torch.bfloat16, torch.float32):
         for image, text in sizes:
@@ -164,7 +164,7 @@ def compiled(quick: bool) -> None:
                 "diffusers compiled": lambda them=compiled_theirs, given=given: them(*given).sample,
                 "diffusers": lambda them=theirs, given=given: them(*given).sample,
             }
-            times = measure(kinds, 4 if quick else 12, 3 if quick else 5)
+            times = measure(kinds, 4 if quick else 8, 3)
             what = f"whole, {str(dtype)[6:]}, {image} + {text}"
             compare("compiled", what, times, "ours compiled", "diffusers compiled")
             compare("compiled", what, times, "ours compiled", "diffusers")
@@ -187,7 +187,7 @@ def int8(quick: bool) -> None:
             kind: lambda other=other, inputs=inputs: other(**inputs.kwargs()),
             FAST: lambda model=model, inputs=inputs: model(**inputs.kwargs()),
         }
-        times = measure(kinds, 2 if quick else 8, 3 if quick else 5)
+        times = measure(kinds, 2 if quick else 6, 3)
         compare("int8", "whole, 256 + 512", times, kind, FAST, weights=f"{stored(other) / before:.2f}")
 
 

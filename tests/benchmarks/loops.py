@@ -51,7 +51,7 @@ def tiny(quick: bool) -> None:
         "diffusers": theirs(compiled=False),
         "floor": lambda: [once() for _ in range(20)],
     }
-    times = measure(runs, 5 if quick else 20, 10)
+    times = measure(runs, 5 if quick else 12, 10)
     for name in ("ours", "ours, modulation ahead", "floor"):
         compare("loop", "flux-tiny, 20 steps", times, name, "diffusers")
     torch.compiler.reset()
@@ -62,7 +62,7 @@ def tiny(quick: bool) -> None:
         "diffusers compiled": theirs(compiled=True),
         "diffusers": runs["diffusers"],
     }
-    times = measure(runs, 5 if quick else 20, 10)
+    times = measure(runs, 5 if quick else 12, 10)
     for name in ("ours, compiled, ahead", "ours, compiled whole", "ours, compiled whole, ahead"):
         for peer in ("diffusers compiled", "diffusers"):
             compare("loop", "flux-tiny, 20 steps", times, name, peer)

@@ -1,6 +1,7 @@
 """The ``fluxlab`` command."""
 
 import functools
+import io
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typer import Argument, Option
 import fluxlab as fl
 from fluxlab.config import FLUX2
 from fluxlab.course.gallery import gallery, relatives
-from fluxlab.files import replacing
+from fluxlab.files import at, replacing
 from fluxlab.onnx.export import GRAPHS, PARTS
 from fluxlab.speed.sharded import processes, rank
 from fluxlab.tiny.recipe import SMOKE, Recipe
@@ -32,19 +33,26 @@ _OPTIONS: Any = {"no_args_is_help": True, "add_completion": False, "pretty_excep
 app = typer.Typer(help="FLUX.1, opened.", rich_markup_mode=None, **_OPTIONS)  # markup would swallow "[default: ...]"
 
 
+_EXPECTED: Any = (ValueError, OSError, ImportError, MemoryError, ArithmeticError, torch.OutOfMemoryError)
+_EXPECTED += (Image.DecompressionBombError, SyntaxError)  # of pictures
+
+
 def _command(function: Callable[..., None]) -> None:
     """Make a function a command: a ~ in its paths is opened, and what goes wrong is one line, with exit code 2."""
 
     @functools.wraps(function)
     def run(**given: Any) -> None:
         try:
-            function(**{k: value.expanduser() if isinstance(value, Path) else value for k, value in given.items()})
+            function(**{k: at(value) if isinstance(value, Path) else value for k, value in given.items()})
         except BrokenPipeError:  # whoever reads has seen enough
             raise
-        except (ValueError, OSError, ImportError, MemoryError, ArithmeticError, torch.OutOfMemoryError) as error:
+        except _EXPECTED as error:
             typer.secho(f"fluxlab: {' '.join(str(error).split()) or type(error).__name__}", err=True, fg="red")
             raise typer.Exit(2) from error
         except RuntimeError as error:
+            if found := [words for words in ("allocate memory", "overflow") if words in f"{error} {error.__cause__}"]:
+                typer.secho(f"fluxlab: the sizes are too large for this machine ({found[0]})", err=True, fg="red")
+                raise typer.Exit(2) from error
             if processes() < 2:
                 raise
             typer.secho(f"fluxlab: another process of this run ended, so process {rank()} ends ({error})", err=True)
@@ -85,14 +93,18 @@ def generate(
     device: Annotated[str, Option(help="cpu, cuda or mps.")] = "cpu",
 ) -> None:
     """Paint a prompt."""
-    if output.is_dir() or Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
+    kind = Image.registered_extensions().get(output.suffix.lower())
+    if output.is_dir() or kind not in Image.SAVE:
         raise ValueError(f"--output is {str(output)!r}; give the name of a picture, such as picture.png")
+    Image.new("RGB", (1, 1)).save(io.BytesIO(), kind)  # or it cannot be written as one
+    if device == "meta":
+        raise ValueError("--device is meta, which has shapes and no numbers to paint with; take cpu, cuda or mps")
     options: Any = {"guidance": guidance, "width": width, "height": height, "strength": strength, "true_cfg": true_cfg}
     options |= {"seed": seed, "num_steps": steps, "negative_prompt": negative_prompt, "tiled": tiled}
     with replacing(output) as temporary:
         shown: Any = {"mask": mask, "control": control}
-        options |= {name: Image.open(path) for name, path in shown.items() if path}
-        images = [Image.open(path.expanduser()) for path in image or ()]
+        options |= {name: _opened(path) for name, path in shown.items() if path}
+        images = [_opened(path) for path in image or ()]
         options |= {"image": images[0] if len(images) == 1 else images} if images else {}
         loras, low = dict(map(_strength, lora or ())), low_memory or (False if processes() > 1 else None)
         if len(loras) < len(lora or ()):
@@ -106,6 +118,12 @@ def generate(
         picture.save(temporary)
     if rank() == 0:
         typer.echo(f"{output}: {picture.width} x {picture.height} pixels")
+
+
+def _opened(path: Path) -> Image.Image:
+    image = Image.open(at(path))
+    image.load()  # all of it, before any work is done
+    return image
 
 
 def _strength(said: str) -> tuple[str, float]:

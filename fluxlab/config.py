@@ -9,6 +9,7 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import inf
+from numbers import Real
 from typing import Any, Literal
 
 VERSION = "0.1.0"
@@ -55,12 +56,12 @@ class _Widths:
         sizes = ("in_channels", "out_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads", "theta")
         _check_sizes(self, *(name for name in sizes if hasattr(self, name)))
         _check_sizes(self, "depth", "depth_single_blocks", least=0)
-        if not 0 < self.mlp_ratio < inf:
-            raise ConfigError(f"mlp_ratio is {self.mlp_ratio}; it must be a finite number above 0")
+        if not (isinstance(self.mlp_ratio, Real) and 0 < self.mlp_ratio < inf):
+            raise ConfigError(f"mlp_ratio is {self.mlp_ratio!r}; it must be a finite number above 0")
         if self.hidden_size % self.num_heads:
             said = f"num_heads is {self.num_heads}, which does not divide hidden_size {self.hidden_size}"
             raise ConfigError(f"{said}; choose a number of heads that does")
-        if any(dim < 2 or dim % 2 for dim in self.axes_dim):
+        if any(not isinstance(dim, int) or dim < 2 or dim % 2 for dim in self.axes_dim):
             raise ConfigError(f"axes_dim is {self.axes_dim}; RoPE turns features in pairs: give positive even numbers")
         if sum(self.axes_dim) != self.head_dim:
             said = f"axes_dim is {self.axes_dim}, which sums to {sum(self.axes_dim)}"
@@ -133,12 +134,13 @@ class AutoEncoderConfig:
     norm_groups: int = 32  # 32: groups of each GroupNorm
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
+        object.__setattr__(self, "ch_mult", tuple(self.ch_mult if isinstance(self.ch_mult, Iterable) else ()))
         if not self.ch_mult or not all(isinstance(mult, int) and mult > 0 for mult in self.ch_mult):
             raise ConfigError(f"ch_mult is {self.ch_mult}; give whole numbers of at least 1, one for each resolution")
         _check_sizes(self, "resolution", "in_channels", "ch", "out_ch", "num_res_blocks", "z_channels", "norm_groups")
-        if not 0 < self.scale_factor < inf or not -inf < self.shift_factor < inf:
-            factors = f"scale_factor is {self.scale_factor} and shift_factor {self.shift_factor}"
+        numbers = all(isinstance(each, Real) for each in (self.scale_factor, self.shift_factor))
+        if not (numbers and 0 < self.scale_factor < inf and -inf < self.shift_factor < inf):
+            factors = f"scale_factor is {self.scale_factor!r} and shift_factor {self.shift_factor!r}"
             raise ConfigError(f"{factors}; both must be finite, and scale_factor above 0")
         for mult in (1, *self.ch_mult):
             if self.ch * mult % self.norm_groups:
@@ -277,7 +279,7 @@ FLUX2 = {
 
 def described(name: str) -> Variant | Variant2:
     """The variant of that name, or one of FLUX.2, which can be built and counted; errors as ``variant``'s."""
-    return FLUX2[name] if name in FLUX2 else variant(name)
+    return FLUX2[name] if str(name) in FLUX2 else variant(name)
 
 
 def variant(name: str) -> Variant:
@@ -286,9 +288,9 @@ def variant(name: str) -> Variant:
     Raises:
         ConfigError: there is none; the message gives the nearest names.
     """
-    if name in VARIANTS:
+    if str(name) in VARIANTS:
         return VARIANTS[name]
-    if name in FLUX2:
+    if str(name) in FLUX2:
         raise ConfigError(f"of {name} the transformer alone is here: fl.build({name!r}, device='meta'), and the tables")
     near = difflib.get_close_matches(str(name), VARIANTS, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? All of them" if near else "there are"

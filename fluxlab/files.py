@@ -28,6 +28,18 @@ class WeightsError(ValueError):
     """A file that cannot be read, or that does not hold what it should."""
 
 
+def at(path: str | Path) -> Path:
+    """A path whose ~ is opened.
+
+    Raises:
+        WeightsError: it is no path.
+    """
+    try:
+        return Path(os.path.expanduser(path))  # Path's own raises where there is no such user
+    except TypeError as error:
+        raise WeightsError(f"{path!r} is no path of a file or a folder") from error
+
+
 class Tensors(Mapping):  # type: ignore[type-arg]  # of str to Tensor: said, a runtime checker would read one to see
     """Tensors by name, each read when it is asked for; ``entries`` tell shapes and dtypes ahead, on the meta device."""
 
@@ -70,8 +82,8 @@ class Tensors(Mapping):  # type: ignore[type-arg]  # of str to Tensor: said, a r
         """
         if dtype is None:
             return self
-        if not dtype.is_floating_point:
-            raise WeightsError(f"dtype is {dtype}; give a floating dtype, such as torch.bfloat16")
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise WeightsError(f"dtype is {dtype!r}; give a floating dtype, such as torch.bfloat16")
         entries = {name: e.to(dtype) if e.is_floating_point() else e for name, e in self.entries.items()}
         mapped = self.mapped and all(entries[name].dtype == e.dtype for name, e in self.entries.items())
 
@@ -98,7 +110,7 @@ class Checkpoint(Tensors):
         Raises:
             WeightsError: no such path, a file of it is not whole safetensors, or a name is in two files.
         """
-        path = Path(path).expanduser()
+        path = at(path)
         metadata: dict[str, str] = {}
         where: dict[str, safe_open] = {}
         entries: dict[str, Tensor] = {}
@@ -143,11 +155,15 @@ def _open(path: Path) -> tuple[safe_open, dict[str, Tensor]]:
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error}); look at its permissions") from error
     except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        with path.open("rb") as opened:
-            start = opened.read(64).lstrip()
         torn = f"not a whole safetensors file: {path.stat().st_size:,} bytes ({error}); fetch or write it again"
-        said = next((said for magic, said in _OTHERS.items() if start.startswith(magic)), torn)
-        raise WeightsError(f"{path}: {said}") from error
+        raise WeightsError(f"{path}: {_what_it_is(path) or torn}") from error
+
+
+def _what_it_is(path: Path) -> str | None:
+    """What a file is that is not what it should be, where it tells."""
+    with path.open("rb") as opened:
+        start = opened.read(64).lstrip()
+    return next((said for magic, said in _OTHERS.items() if start.startswith(magic)), None)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -173,7 +189,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises:
         WeightsError: the folder is not there, or the path is one itself.
     """
-    path = Path(path).expanduser()
+    path = at(path)
     if path.is_dir():
         raise WeightsError(f"{path} is a folder; give the path of a file in it")
     if not path.parent.is_dir():
@@ -211,7 +227,9 @@ def stream_tensors(
 
     Source: the safetensors format: eight bytes of length, a header in JSON, the values one after the other.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    header: dict[str, Any] = {
+        "__metadata__": {"format": "pt"} | {key: str(value) for key, value in (metadata or {}).items()}
+    }
     end = 0
     for name, entry in entries.items():
         start, end = end, end + entry.numel() * entry.itemsize
@@ -235,9 +253,12 @@ def read_json(path: str | Path) -> dict[str, Any]:
         WeightsError: there is no such file, or it holds something else.
     """
     try:
-        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot be read as JSON ({error}); fetch or write it again") from error
+        found = json.loads(at(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error})") from error
+    except ValueError as error:
+        torn = f"cannot be read as JSON ({error}); fetch or write it again"
+        raise WeightsError(f"{path}: {_what_it_is(at(path)) or torn}") from error
     if not isinstance(found, dict):
         raise WeightsError(f"{path}: holds a {type(found).__name__}, where a JSON object was expected")
     return found

@@ -144,22 +144,22 @@ linear              | O C  | 09 | I | input and output | Makes the numbers of a 
 adaLN_modulation.1  | 2C C | 09 | 1 | modulation       | Makes the last shift and scale, in this order.
 == symbol: name | axes | chapter | meaning
 B        | | 00 | Batch: pictures at once.
-T        | | 01 | Text tokens: 512 in dev, 256 in schnell, padding too.
-I        | | 02 | Image tokens: (height / 16) * (width / 16).
-L        | | 07 | All tokens of the joint sequence, text first: T + I.
-C        | | 00 | The hidden size, the width of a residual stream: 3072.
-H        | | 07 | Heads of attention: 24.
-D        | | 07 | Features of one head: C / H = 128.
-M        | | 07 | Hidden features of an MLP: 4 C = 12288.
-V        | | 01 | The width of CLIP's vector: 768.
-X        | | 01 | The width of T5's sequence: 4096.
-P        | | 02 | Channels of an image token: 2x2 cells of 16 are 64; more where a second picture is shown.
-O        | | 09 | Channels of a token's velocity: 64.
-A        | | 05 | Axes of RoPE: 3, which are index, row and column.
-E        | | 04 | Numbers of the sinusoid that a time or a guidance becomes: 256.
+T        | T | 01 | Text tokens, padding too.
+I        | I | 02 | Image tokens: (height / 16) * (width / 16).
+L        | L | 07 | All tokens of the joint sequence, text first: T + I.
+C        | C | 00 | The hidden size, the width of a residual stream.
+H        | H | 07 | Heads of attention.
+D        | D | 07 | Features of one head: C / H.
+M        | M | 07 | Hidden features of an MLP.
+V        | V | 01 | The width of CLIP's vector.
+X        | X | 01 | The width of T5's sequence.
+P        | P | 02 | Channels of an image token: those of 2x2 cells of the latent; more where a second picture is shown.
+O        | O | 09 | Channels of a token's velocity.
+A        | A | 05 | Axes of RoPE: index, row, column.
+E        | E | 04 | Numbers of the sinusoid that a time or a guidance becomes.
 t        | | 03 | The time on the path: 1 is noise, 0 is the picture.
 mu       | | 03 | How far the schedule is bent: linear in the image tokens.
-theta    | | 05 | The base of RoPE's frequencies: 10000.
+theta    | | 05 | The base of RoPE's frequencies: 10000 in FLUX.1.
 omega    | | 05 | A frequency of RoPE: theta^(-2i/d) for pair i of an axis of d features.
 shift    | | 06 | What a modulation adds to the normed tokens.
 scale    | | 06 | A modulation multiplies the normed tokens by 1 plus this.
@@ -201,6 +201,10 @@ _SECOND_WORDS = {
     "Makes the block's shift, scale and gate": "Makes the shift, scale and gate of all single blocks",
     "the block's first Linear": "a single block's first Linear",
     "How much of the block's output": "How much of a single block's output",
+    "The width of T5's sequence": "The width of the text's sequence",
+    "10000 in FLUX.1": "2000",
+    "16 channels": "32 channels",
+    "linear in the image tokens": "by the image tokens and the steps",
 }
 
 _STREAMS = (("img", "image", "I"), ("txt", "text", "T"))
@@ -231,7 +235,7 @@ def _parts(layer: Entry) -> list[Entry]:
 
 def _seconds() -> list[Entry]:
     """The table of FLUX.2; what all blocks share comes before them."""
-    kept = (e for e in entries() if not re.match(r"y$|vector_in|.*\.bias$", e.name))
+    kept = (e for e in entries() if not re.match(r"[yV]$|vector_in|.*\.bias$", e.name))
     groups = groupby(kept, _in_blocks)
     return [entry for _, group in groups for entry in sorted(map(_second, group), key=_in_blocks)]
 

@@ -49,6 +49,11 @@ def test_generate_paints_in_tiles(tmp_path, tiny):
         (["--output", "picture.xyz"], "give the name of a picture"),
         (["--output", "picture.psd"], "give the name of a picture"),
         (["--output", "."], "give the name of a picture"),
+        (["--output", "picture.palm"], "cannot write mode RGB as Palm"),
+        (["--output", "~nobody-here/x.png"], "there is no folder ~nobody-here"),
+        (["--device", "meta"], "shapes and no numbers"),
+        (["--guidance", "1e300"], "guidance is 1e+300; it must be a finite number"),
+        (["--width", "1600000", "--height", "1600000"], "image_tokens is 10000000000; it must be"),
         (["--image", "nowhere.png"], "nowhere.png"),
         (["--strength", "0.5"], "there is no image"),
     ],
@@ -170,3 +175,21 @@ def test_a_reader_who_has_seen_enough_is_no_error(monkeypatch):
 
     monkeypatch.setattr(fl, "explain", gone)
     assert isinstance(run("explain", "vec").exception, BrokenPipeError)
+
+
+def test_sizes_beyond_the_machine_are_a_sentence():
+    result = run("summary", "--height", 10**9, "--width", 10**9)
+    assert result.exit_code == 2
+    assert "too large for this machine" in result.output
+
+
+def test_pictures_that_cannot_be_taken_are_a_sentence_before_any_work(tmp_path):
+    bomb, torn = tmp_path / "bomb.png", tmp_path / "torn.png"
+    Image.new("1", (16000, 16000)).save(bomb)
+    Image.new("RGB", (200, 200), "red").save(torn)
+    torn.write_bytes(torn.read_bytes()[:200])
+    for path, message in ((bomb, "decompression bomb"), (torn, "truncated")):
+        result = run("generate", "a ring", "--image", path, "--output", tmp_path / "x.png", "--variant", "flux-dev")
+        assert result.exit_code == 2
+        assert message in result.output
+    assert not (tmp_path / "x.png").exists()

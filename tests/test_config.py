@@ -80,3 +80,29 @@ def test_the_variants_differ_where_the_published_models_do():
     assert (dev.t5_length, schnell.t5_length) == (512, 256)
     assert (dev.time_shift, schnell.time_shift) == (True, False)
     assert (dev.transformer.guidance_embed, schnell.transformer.guidance_embed) == (True, False)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        (fl.FluxConfig, "mlp_ratio", "4"),
+        (fl.FluxConfig, "axes_dim", "abc"),
+        (fl.FluxConfig, "axes_dim", (16.0, 56, 56)),
+        (fl.AutoEncoderConfig, "ch_mult", 3),
+        (fl.AutoEncoderConfig, "scale_factor", "1"),
+        (fl.AutoEncoderConfig, "shift_factor", None),
+    ],
+)
+def test_a_size_of_another_kind_is_named(config, field, value):
+    with pytest.raises(fl.ConfigError, match=field):
+        config(**{field: value})
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_name_is_text():
+    for name in (["flux-dev"], None, 3):
+        with pytest.raises(fl.ConfigError, match="unknown variant"):
+            fl.variant(name)
+        with pytest.raises(fl.ConfigError, match="unknown variant"):
+            fl.flops(name)

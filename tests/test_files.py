@@ -444,3 +444,34 @@ def test_writing_over_a_folder_is_refused_before_anything_is_written(tmp_path):
         write_tensors({"a": torch.zeros(1)}, tmp_path)
     assert not list(tmp_path.iterdir())
     assert not [each for each in tmp_path.parent.iterdir() if each.name.startswith(f".{tmp_path.name}")]
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_what_a_file_says_of_itself_is_text(tmp_path):
+    write_tensors({"x": torch.ones(1)}, tmp_path / "x.safetensors", {"steps": 20})
+    assert Checkpoint(tmp_path / "x.safetensors").metadata["steps"] == "20"
+
+
+def test_a_user_who_is_not_here_is_a_name_like_others():
+    with pytest.raises(fl.WeightsError, match="~nobody-here/x: no such file"):
+        Checkpoint("~nobody-here/x")
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_what_is_no_path_is_refused():
+    with pytest.raises(fl.WeightsError, match="3 is no path"):
+        find_files(fl.VARIANTS["flux-tiny-dev"], t5=3)
+
+
+def test_a_pointer_of_git_lfs_in_place_of_a_config_is_named(tmp_path):
+    t5 = shutil.copytree(data_folder() / "flux-tiny/t5", tmp_path / "t5")
+    (t5 / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 10\n")
+    with pytest.raises(fl.WeightsError, match="git lfs pull"):
+        find_files(fl.VARIANTS["flux-tiny-dev"], t5=t5)
+
+
+def test_the_variable_names_a_folder_and_never_a_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLUXLAB_WEIGHTS", "models/flux")
+    with pytest.raises(fl.WeightsError, match="neither a file or folder that exists"):
+        find_files(fl.VARIANTS["flux-dev"])

@@ -17,6 +17,7 @@ from fluxlab.config import variant
 from fluxlab.extras import importing
 from fluxlab.inspect.tables import parameters_by
 from fluxlab.model.autoencoder import AutoEncoder
+from fluxlab.model.flux2 import Flux2
 from fluxlab.model.transformer import Flux, build
 from fluxlab.pipeline.text import text_encoders
 
@@ -42,7 +43,7 @@ def kinds(module: nn.Module) -> dict[str, int]:
     residual block its share of the time embedding. QK-norm counts as attention. The rest are embeddings, the ways in
     and out, and norms.
     """
-    if isinstance(module, Flux):
+    if isinstance(module, Flux | Flux2):
         counts = parameters_by(module.config, "kind")
         counts += Counter({"attention": counts["QK-norm"], "the rest": counts["input and output"]})
     else:

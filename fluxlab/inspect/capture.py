@@ -18,7 +18,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from fluxlab.inspect.attention import Range, attention_weights, tokens_of
 from fluxlab.inspect.names import Names, choose, unwrapped
 from fluxlab.inspect.tape import Tape
-from fluxlab.model.observe import Observer, observers
+from fluxlab.model.blocks import DoubleStreamBlock
+from fluxlab.model.observe import observers
 
 Change = Callable[[Tensor], Tensor]
 
@@ -66,11 +67,12 @@ def capture(
         raise ValueError(f"dtype is {dtype!r}; give a floating dtype of torch, such as torch.float16")
     heads, forwards = _counted("heads", heads), _counted("forwards", forwards)
     tape = Tape()
+    tape.from_text = keys in (None, "text") or (isinstance(keys, slice) and not keys.start and keys.step in (None, 1))
     tape.heads = ["mean"] if mean_heads else None if heads is None else [str(head) for head in heads]
 
     def keep(name: str, tensor: Tensor, nbytes: int | None = None) -> bool:
         """Whether this forward is wanted, and there is room."""
-        if tape.forwards == 0:
+        if not tape.running:
             raise ValueError(
                 f"{name} was made outside the model's forward (as by encode or decode), so its forwards cannot be told "
                 f"apart; capture the part that is called, such as autoencoder.decoder"
@@ -99,6 +101,8 @@ def capture(
     def attend(name: str, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> Tensor:
         rows, columns = (tokens_of(chosen, q.shape[2], tape.text_tokens) for chosen in (queries, keys))
         picked = range(q.shape[1]) if heads is None else heads
+        if wrong := [head for head in picked if head >= q.shape[1]]:
+            raise ValueError(f"heads has {wrong[0]}, and the model has heads 0 to {q.shape[1] - 1}")
         height, width = (len(range(q.shape[2])[chosen]) for chosen in (rows, columns))
         if not height * width:
             raise ValueError(f"queries is {queries!r} and keys is {keys!r}; of {q.shape[2]} tokens they pick none")
@@ -117,6 +121,10 @@ def capture(
         yield tape
     if late := [index for index in forwards or () if index >= tape.forwards]:
         raise ValueError(f"forwards has {late[0]}, counted from 0, and the model ran {tape.forwards} times")
+    if unmade := [index for index in forwards or () if index not in tape.captured]:
+        raise ValueError(
+            f"forwards has {unmade[0]}, which made nothing of what names picks, as a step that was skipped"
+        )
 
 
 def _counted(name: str, given: Any) -> list[int] | None:
@@ -157,7 +165,11 @@ def patch(model: nn.Module, name: Names, change: Change) -> Iterator[None]:
         attended.changed_weights = weights  # type: ignore[attr-defined]  # for a capture inside this block
         return attended
 
-    with _watching(model, name, apply, attend, Tape()) as chosen:
+    if not callable(change):
+        raise ValueError(
+            f"change is a {type(change).__name__}; give a function of the tensor, such as torch.zeros_like"
+        )
+    with _watching(model, name, apply, attend, Tape(), changes=True) as chosen:
         if "clean" in chosen:
             raise ValueError("'clean' is worked out from the velocity and does not go on; change 'velocity' instead")
         yield
@@ -172,7 +184,9 @@ Attend = Callable[[str, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @contextmanager
-def _watching(model: nn.Module, names: Names, take: Take, attend: Attend, tape: Tape) -> Iterator[list[str]]:
+def _watching(
+    model: nn.Module, names: Names, take: Take, attend: Attend, tape: Tape, changes: bool = False
+) -> Iterator[list[str]]:
     """Each named tensor passes ``take``, and q, k, v and the output of named attention pass ``attend``.
 
     The tape is told how often the model runs, and how many tokens are text.
@@ -201,16 +215,20 @@ def _watching(model: nn.Module, names: Names, take: Take, attend: Attend, tape: 
     def before(module: nn.Module, args: Any) -> None:
         if module is model and get_ident() == thread and observer in observers.get():  # no other task of asyncio
             tape.forwards += 1
+            tape.running = True
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
-        if module not in outputs or get_ident() != thread or observer not in observers.get():
+        if get_ident() != thread or observer not in observers.get():
+            return None
+        tape.running = tape.running and module is not model
+        if module not in outputs or output is None:  # as of a forward that failed
             return None
         seen.add(outputs[module])
         return _each(outputs[module], output, taken)
 
     before_handle = register_module_forward_pre_hook(before)
-    after_handle = register_module_forward_hook(after)
-    observer = _observer(points, taken, tape)
+    after_handle = register_module_forward_hook(after, always_call=True)
+    observer = _Looker(points, taken, tape, [*modules.values()], changes)
     observers.set((*observers.get(), observer))
     try:
         with _eagerly():
@@ -254,37 +272,61 @@ def _eagerly() -> Iterator[None]:
 
 
 def _each(name: str, output: Any, take: Take) -> Any:
-    """What a layer gives, one tensor or several."""
+    """What a layer gives: one tensor, or several in a tuple, where what is no tensor is left alone."""
     if isinstance(output, Tensor):
         return take(name, output)
     if isinstance(output, tuple):
-        return tuple(take(f"{name}.{i}", part) for i, part in enumerate(output))
+        several = enumerate(output)
+        parts = [_each(f"{name}.{i}", p, take) if isinstance(p, Tensor | tuple) else p for i, p in several]
+        return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)
     raise ValueError(f"{name} gives a {type(output).__name__}, not a tensor; name one of its parts")
 
 
-def _observer(points: dict[tuple[nn.Module, str], str], take: Callable[..., Tensor], tape: Tape) -> Observer:
-    """What ``see`` asks of each of its tensors: some are only remembered, until what is made of them is there."""
-    parts: dict[tuple[nn.Module, str], Tensor] = {}
-    thread = get_ident()
+class _Looker:
+    """What ``see`` asks of each of its tensors: some are only remembered, until what is made of them is there.
 
-    def see(module: nn.Module, point: str, tensor: Tensor) -> Tensor:
-        if get_ident() != thread:  # asyncio.to_thread takes the observers along
+    Blocks may lie in one another. Attention weights are of the q and k that go on after all of them, and come before
+    the output of attention, whichever block asks for either.
+    """
+
+    def __init__(
+        self,
+        points: dict[tuple[nn.Module, str], str],
+        take: Callable[..., Tensor],
+        tape: Tape,
+        modules: list[nn.Module],
+        changes: bool,
+    ) -> None:
+        self.points, self.take, self.tape, self.changes = points, take, tape, changes
+        self.parts: dict[tuple[nn.Module, str], Tensor] = {}
+        self.thread = get_ident()
+        self.doubles = {module for module in modules if isinstance(module, DoubleStreamBlock)}
+
+    def __call__(self, module: nn.Module, point: str, tensor: Tensor) -> Tensor:
+        if get_ident() != self.thread:  # asyncio.to_thread takes the observers along
             return tensor
-        if point == "txt.input":
-            tape.text_tokens = tensor.shape[1]
-        if name := points.get((module, point)):
-            tensor = take(name, tensor)
-        if (module, "clean") in points:
+        lookers = [each for each in observers.get() if isinstance(each, _Looker) and each.thread == self.thread]
+        if point == "txt.input" and (module in self.doubles or not self.doubles):
+            self.tape.text_tokens = tensor.shape[1]
+        if point == "attended" and self is lookers[0]:
+            for each in lookers:
+                tensor = each.attend(module, tensor)
+        if name := self.points.get((module, point)):
+            tensor = self.take(name, tensor)
+        if point in ("q", "k", "v") and self is lookers[-1]:
+            for each in lookers:
+                if (module, "attention") in each.points:
+                    each.parts[module, point] = tensor
+        if (module, "clean") in self.points:
             if point in ("img", "timesteps"):
-                parts[module, point] = tensor
+                self.parts[module, point] = tensor
             elif point == "velocity":
-                img, t = parts.pop((module, "img")), parts.pop((module, "timesteps"))[:, None, None]
-                take("clean", img[..., : tensor.shape[-1]] - (t.to(tensor.device) * tensor).to(tensor.dtype))
-        if name := points.get((module, "attention")):
-            if point in ("q", "k", "v"):
-                parts[module, point] = tensor
-            elif point == "attended":
-                tensor = take(name, *(parts.pop((module, each)) for each in ("q", "k", "v")), tensor)
+                img, t = self.parts.pop((module, "img")), self.parts.pop((module, "timesteps"))[:, None, None]
+                self.take("clean", img[..., : tensor.shape[-1]] - (t.to(tensor.device) * tensor).to(tensor.dtype))
         return tensor
 
-    return see
+    def attend(self, module: nn.Module, attended: Tensor) -> Tensor:
+        """The output of attention, once whoever asks for its weights has had them."""
+        if name := self.points.get((module, "attention")):
+            return self.take(name, *(self.parts.pop((module, each)) for each in ("q", "k", "v")), attended)
+        return attended

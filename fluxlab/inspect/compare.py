@@ -5,6 +5,7 @@ When two implementations differ, a wider dtype tells why: rounding shrinks, a mi
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -92,6 +93,10 @@ def _difference(name: str, a: Tensor, b: Tensor) -> tuple[float, float]:
     """The largest difference, and the same over the largest value of ``a``; not-a-number where there is one."""
     if a.shape != b.shape:
         raise ValueError(f"{name} has shape {tuple(a.shape)} in a and {tuple(b.shape)} in b")
+    if a.is_meta or b.is_meta:
+        raise ValueError(f"{name} is on the meta device, which has shapes and no numbers to compare")
+    if not a.numel():
+        return 0.0, 0.0
     a, b = a.detach().cpu().double(), b.detach().cpu().double()
     largest, size = (a - b).abs().max().item(), a.abs().max().item()
     return largest, largest / size if size else largest
@@ -106,19 +111,25 @@ def _tensors(
         return dict(run)
     if inputs is None:
         raise ValueError("inputs is None; a module is run to be compared: give what it is called with, by name")
+    if isinstance(inputs, Tensor):
+        raise ValueError('inputs is a tensor; a module is called with several, by name, so give {"x": tensor}')
     module = run if dtype is None else copy.deepcopy(run).eval()
     given = dict(inputs.kwargs() if isinstance(inputs, FluxInputs) else inputs)
     if dtype is not None:
         module = module.to(dtype)
-        given = {name: t.to(dtype) if name in ("img", "txt", "y", "vec", "x") else t for name, t in given.items()}
+        given = {name: t.to(dtype) if t.is_floating_point() else t for name, t in given.items()}
     names = available(module)
     if hasattr(module, "single_transformer_blocks"):
         given = _for_diffusers(given)
     elif isinstance(module, Flux):  # with the layers whose outputs have no entry of their own
         names += [name for name, part in module.named_modules() if isinstance(part, nn.Linear) and name not in names]
-    with torch.no_grad(), capture(module, set(names).__contains__, limit=limit) as tape:
-        module(**given)
-    return dict(tape)
+    looking: Any = capture(module, set(names).__contains__, limit=limit) if names else nullcontext({})
+    with torch.no_grad(), looking as tape:
+        out = module(**given)
+    found: dict[str, Tensor] = dict(tape)
+    if isinstance(out, Tensor) and not isinstance(module, Flux):  # whose output is its velocity
+        found.setdefault("output", out)
+    return found
 
 
 def _for_diffusers(given: Mapping[str, Tensor]) -> dict[str, Any]:

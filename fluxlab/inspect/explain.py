@@ -62,8 +62,10 @@ def _told(entry: Entry, chosen: Variant | Variant2, model: nn.Module) -> str:
     if entry.axes:
         rows, columns = grid(chosen.size, chosen.size)
         shape = list(entry.shape(chosen.transformer, text=chosen.t5_length, image=rows * columns))
-        where = "" if entry.kind == "weight" else f" at {chosen.size} x {chosen.size}"
-        lines.append(f"  {entry.axes} = {shape} in {chosen.name}{where}")
+        counts_pixels = entry.kind != "weight" if entry.kind != "symbol" else entry.name in "IL"
+        where = f" at {chosen.size} x {chosen.size}" if counts_pixels else ""
+        told = shape[0] if entry.kind == "symbol" else shape
+        lines.append(f"  {entry.axes} = {told} in {chosen.name}{where}")
     if entry.kind != "symbol":
         lines.append(f"  {source_line(entry.name.replace('{i}', '0'), model)}")
     return "\n".join(lines)
@@ -91,7 +93,7 @@ def source_line(name: str, model: nn.Module) -> str:
     owner = max((path for path in ours if not path or name.startswith(f"{path}.")), key=len)
     rest = name[len(owner) :].lstrip(".")
     classes = (base for base in type(ours[owner]).__mro__ if base.__module__.startswith("fluxlab"))
-    places = (*classes, attention, capture._observer)
+    places = (*classes, attention, capture._Looker)
     point, attribute = re.escape(rest), re.escape(rest.split(".")[0])
     signature, seen = rf"^ +{point}: ", rf'see\("{point}"'
     for pattern in (seen, rf"self\.{attribute}\b[^=]* = ", signature, rf'"{point}"', r"see\(name"):

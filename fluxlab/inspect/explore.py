@@ -39,10 +39,12 @@ def explore(tape: Tape, words: list[str] | None = None) -> Explorer:
         words: of the text tokens, in their order, to name the columns of attention weights by.
 
     Raises:
-        ValueError: the tape is empty.
+        ValueError: the tape is empty, or the text's columns of attention weights were not kept, and words name them.
     """
     if not tape:
         raise ValueError("tape is empty; run the model inside the with block of capture first")
+    if words and not tape.from_text:
+        raise ValueError("words name the text's tokens, and capture's keys left those out; leave words out")
     with importing():
         import ipywidgets
         from IPython.display import display

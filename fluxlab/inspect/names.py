@@ -68,7 +68,7 @@ def choose(module: nn.Module, names: Names) -> tuple[list[str], dict[str, list[s
     if callable(names):
         chosen = {name for name in known if names(name)}
         if not chosen:
-            raise ValueError(f"names is a function that chose none of the {len(known)} tensors, such as {known[0]!r}")
+            raise ValueError(f"names is a function that chose none of the {len(known)} tensors here: {known[:3]}")
         return (ordered := [name for name in known if name in chosen]), {"names": ordered}
     patterns = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
     if not patterns or not all(isinstance(each, str) for each in patterns):
@@ -79,7 +79,7 @@ def choose(module: nn.Module, names: Names) -> tuple[list[str], dict[str, list[s
     for pattern in patterns:
         matched = [pattern] if pattern in known else matching(known, pattern)
         if "attention" not in pattern:
-            matched = [name for name in matched if not _is_attention(name)]
+            matched = [name for name in matched if not _is_attention(name) or name in modules]
         if not matched and pattern in modules:
             matched = [pattern]
         if not matched:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,7 +71,8 @@ def bars(table: Table, value: str, label: str | None = None, title: str | None =
     label = label or next(iter(table[0]))
     made, (axes,) = figure(size=(7.5, 0.9 + 0.32 * len(rows)))
     numbers = [float(row[value]) for row in rows]
-    axes.barh([str(row[label]) for row in rows], numbers, color=COLOURS[0])
+    axes.barh(range(len(rows)), numbers, color=COLOURS[0])
+    axes.set_yticks(range(len(rows)), [str(row[label]) for row in rows])
     axes.invert_yaxis()
     axes.bar_label(axes.containers[0], [f"{n:,.3g}" if n < 1e3 else f"{n:,.0f}" for n in numbers], padding=3)  # type: ignore[arg-type]
     axes.margins(x=0.18)
@@ -163,7 +164,7 @@ def word_attention(
     return made
 
 
-def head_grid(tape: Tape, value: Callable[[Tensor], Tensor], title: str, label: str) -> Figure:
+def head_grid(tape: Mapping[str, Tensor], value: Callable[[Tensor], Tensor], title: str, label: str) -> Figure:
     """One number for each head of each block whose attention was captured.
 
     ``value`` takes one block's weights ``B H Q K`` and gives ``H`` numbers, which ``label`` names.
@@ -177,7 +178,7 @@ def head_grid(tape: Tape, value: Callable[[Tensor], Tensor], title: str, label: 
     made, (axes,) = figure(size=(1.5 + 0.45 * len(found[0][1]), 0.9 + 0.34 * len(found)))
     shown = _heat(axes, torch.stack([numbers for _, numbers in found]), title, "head", "")
     axes.set_yticks(range(len(found)), [name.replace("_blocks.", " ") for name, _ in found])
-    axes.set_xticks(range(len(found[0][1])), tape.heads)
+    axes.set_xticks(range(len(found[0][1])), getattr(tape, "heads", None))
     made.colorbar(shown, ax=axes, label=label)
     return made
 

@@ -53,6 +53,8 @@ def summary(
         model = cast(nn.Module, build(model, device="meta"))
     if inputs is None:
         raise ValueError("inputs is None; give what the module is called with: FluxInputs, a dict or a tensor")
+    if "stop_streaming" in vars(model):
+        raise ValueError("model keeps its weights in their file; for its layers give the variant's name")
     given = inputs.kwargs() if isinstance(inputs, FluxInputs) else inputs
     device = next((p.device for p in model.parameters()), None)
     modes = {module: module.training for module in model.modules()}
@@ -154,7 +156,8 @@ def flops(
     for weight, entry in named(c, "weight").items():
         if len(shape := entry.shape(c)) == 2:
             work = "modulation" if entry.serves == "modulation" else "linears"
-            part = f"{weight[:6]} blocks, {work}" if "blocks" in weight else "input, embedders and last layer"
+            inside = "blocks" in weight or "stream_modulation" in weight
+            part = f"{weight[:6]} blocks, {work}" if inside else "input, embedders and last layer"
             counts[part] += 2 * batch * applied[entry.tokens] * math.prod(shape)
     attention = 4 * batch * (image + text) ** 2 * c.hidden_size
     counts |= {"double blocks, attention": attention * c.depth}

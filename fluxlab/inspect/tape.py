@@ -19,8 +19,10 @@ class Tape(Mapping[str, Tensor]):
 
     def __init__(self) -> None:
         self.forwards = 0  # how often the model ran
+        self.running = False  # while it does
         self.text_tokens: int | None = None  # of the run, where it is known
         self.heads: list[str] | None = None  # which the attention weights are of, or "mean"; None for all
+        self.from_text = True  # whether the first columns of attention weights are those of the text
         self.nbytes = 0  # of memory, all that is kept
         self._kept: dict[str, dict[int, Tensor]] = {}
 
@@ -118,6 +120,7 @@ class Tape(Mapping[str, Tensor]):
         """Write a safetensors file, one tensor for each name and forward."""
         tensors = {f"{i}/{name}": tensor for name, runs in self._kept.items() for i, tensor in runs.items()}
         about = {"forwards": self.forwards, "text_tokens": self.text_tokens, "heads": self.heads, "names": [*self]}
+        about["from_text"] = self.from_text
         write_tensors(tensors, path, {key: json.dumps(value) for key, value in about.items()})
 
     @classmethod
@@ -127,15 +130,15 @@ class Tape(Mapping[str, Tensor]):
         Raises:
             WeightsError: the file is not readable as safetensors, or is not a tape.
         """
-        saved = Checkpoint(path)
-        if "forwards" not in saved.metadata:
-            raise WeightsError(f"{path}: not a tape; a tape is what tape.save writes")
-        about = {key: json.loads(saved.metadata.get(key) or "null") for key in ("text_tokens", "heads", "names")}
-        tape = cls()
-        tape.forwards = int(saved.metadata["forwards"])
-        tape.text_tokens, tape.heads = about["text_tokens"], about["heads"]
-        order = {name: i for i, name in enumerate(about["names"] or [])}
-        keys = [(int(index), name) for index, _, name in (key.partition("/") for key in saved.entries)]
+        saved, tape = Checkpoint(path), cls()
+        try:
+            about = {key: json.loads(saved.metadata[key]) for key in ("forwards", "text_tokens", "heads", "names")}
+            tape.forwards, tape.text_tokens, tape.heads = int(about["forwards"]), about["text_tokens"], about["heads"]
+            tape.from_text = json.loads(saved.metadata.get("from_text", "true"))
+            order = {name: i for i, name in enumerate(about["names"])}
+            keys = [(int(index), name) for index, _, name in (key.partition("/") for key in saved.entries)]
+        except (KeyError, ValueError, TypeError) as error:
+            raise WeightsError(f"{path}: not a tape; a tape is what tape.save writes") from error
         for index, name in sorted(keys, key=lambda key: (order.get(key[1], len(order)), key[0])):  # not as strings
             tape.put(name, index, saved[f"{index}/{name}"])
         return tape

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fluxlab.config import Variant, variant, whole
 from fluxlab.extras import importing, quiet
-from fluxlab.files import describe_difference, replacing
+from fluxlab.files import at, describe_difference, replacing
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import build
 from fluxlab.weights.find import Files, find_files
@@ -85,7 +85,7 @@ def export_onnx(
         if given not in known:
             raise ValueError(f"{said} is {given!r}; it is one of {', '.join(known)}")
     whole("opset", opset, 17, 24)
-    target = Path(path).expanduser()
+    target = at(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target}: there is no folder {target.parent}")
     if target.is_dir():

@@ -79,8 +79,9 @@ def check_shown(who: str, kind: str, given: Mapping[str, object]) -> None:
         if picture is not None and name not in used:
             alone = " without image" if name == "mask" and given["image"] is None else ""
             raise ValueError(f"{name} is given, and {who} has no use for it{alone}; leave it out")
-    if kind != "pictures" and isinstance(given["image"], (list, tuple)):
-        raise ValueError(f"image is a {type(given['image']).__name__}; {who} takes one picture")
+    several = isinstance(image := given["image"], Iterable) and not (isinstance(image, str) or hasattr(image, "shape"))
+    if kind != "pictures" and several:
+        raise ValueError(f"image is a {type(image).__name__}; {who} takes one picture")
 
 
 def as_batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:
@@ -104,7 +105,7 @@ def check_guidance(guidance: float | None, true_cfg: float, negative_prompt: str
     Raises:
         ValueError: one of them is out of its range, or has no effect.
     """
-    if guidance is not None and not (isinstance(guidance, Real) and isfinite(guidance)):
+    if guidance is not None and not (isinstance(guidance, Real) and abs(guidance) <= torch.finfo(torch.float32).max):
         raise ValueError(f"guidance is {guidance!r}; it must be a finite number, such as 3.5")
     if not (isinstance(true_cfg, Real) and true_cfg >= 1 and isfinite(true_cfg)):
         raise ValueError(f"true_cfg is {true_cfg!r}; it must be at least 1, where it is off")

@@ -50,7 +50,7 @@ def load(
     chosen = variant(name)
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"device is {str(device)!r}, which cannot be used here ({error})") from error
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise ValueError(f"dtype is {dtype!r}; give a floating dtype of torch, such as torch.bfloat16")

@@ -47,7 +47,10 @@ def turned(image: Image.Image, name: str) -> Image.Image:
         raise ValueError(f"{name} has mode {image.mode!r}, more than 8 bits a channel; bring it to 8 bits first")
     if not all(image.size):
         raise ValueError(f"{name} is {image.width} x {image.height} pixels, so there is nothing to see; give another")
-    return ImageOps.exif_transpose(image)
+    try:
+        return ImageOps.exif_transpose(image)
+    except SyntaxError:  # EXIF data that cannot be read: viewers show the picture as it is
+        return image
 
 
 def as_seen(image: Image.Image, name: str = "image") -> Image.Image:
@@ -58,17 +61,23 @@ def as_seen(image: Image.Image, name: str = "image") -> Image.Image:
     return image.convert("RGB")
 
 
-def as_pixels(image: Image.Image, height: int, width: int) -> Float[Tensor, "1 rgb height width"]:
-    """An RGB picture as numbers in [-1, 1], in float32 on the CPU, resized without regard to its ratio.
+def as_pixels(image: Image.Image, height: int, width: int, name: str = "image") -> Float[Tensor, "1 rgb height width"]:
+    """An RGB picture as numbers in [-1, 1], in float32 on the CPU, ``stretched``."""
+    return torch.from_numpy(np.array(stretched(image, height, width, name))).permute(2, 0, 1)[None].float() / 127.5 - 1
 
-    The published pipelines resize so too. Above 5 % of distortion, a warning says it.
+
+def stretched(image: Image.Image, height: int, width: int, name: str = "image") -> Image.Image:
+    """A picture of another size, without regard to its ratio; above 5 % of distortion a warning says it.
+
+    The published pipelines resize so too.
     """
     if not 1 / 1.05 <= width / height * image.height / image.width <= 1.05:
-        said = f"image is {image.width} x {image.height} pixels (width x height) and is stretched to {width} x {height}"
-        hint = "to avoid it, crop the image, or give a height and a width of nearly its ratio"
+        said = (
+            f"{name} is {image.width} x {image.height} pixels (width x height) and is stretched to {width} x {height}"
+        )
+        hint = f"to avoid it, crop the {name}, or give a height and a width of nearly its ratio"
         warn(f"{said}, another ratio; {hint}")
-    resized = image.resize((width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def made_by(given: Mapping[str, Any]) -> dict[str, str]:
@@ -84,5 +93,6 @@ def made_by(given: Mapping[str, Any]) -> dict[str, str]:
     lines = [info["prompt"]]
     if "negative_prompt" in info:
         lines.append(f"Negative prompt: {info['negative_prompt']}")
-    lines.append(", ".join(f"{name}: {info[key]}" for key, name in names.items() if key in info))
+    told = [key for key in names if key in info and not isinstance(given.get(key), list)]  # Redux's weights are one
+    lines.append(", ".join(f"{names[key]}: {info[key]}" for key in told))
     return info | {"parameters": "\n".join(lines)}

@@ -20,7 +20,7 @@ from fluxlab.pipeline.checks import as_batch, as_list, as_weights, check_guidanc
 from fluxlab.pipeline.control import depth, edges
 from fluxlab.pipeline.inputs import FluxInputs, first_inputs
 from fluxlab.pipeline.latents import PIXELS, grid, noise, pack, unpack
-from fluxlab.pipeline.pictures import Picture, as_pictures, as_pixels, as_seen, made_by
+from fluxlab.pipeline.pictures import Picture, as_pictures, as_pixels, as_seen, made_by, stretched
 from fluxlab.pipeline.redux import Redux
 from fluxlab.pipeline.sampling import Step, denoise
 from fluxlab.pipeline.schedule import schedule
@@ -161,10 +161,10 @@ class Pipeline:
         if self.redux is not None and weights is not None:
             return Shown.pictures(self.redux(images, self.device, self.dtype), weights)
         if control is None and self._kind in ("edges", "depth"):
-            seen = images[0].resize((width, height), Image.Resampling.LANCZOS)
+            seen = stretched(images[0], height, width)
             control = edges(seen) if self._kind == "edges" else depth(seen)
         if control is not None:
-            return Shown.control(self._latent(as_pixels(control, height, width), tiled))
+            return Shown.control(self._latent(as_pixels(control, height, width, "control"), tiled))
         if self._kind == "reference":
             nearest = preferred_size(images[0], self.variant.size)
             return Shown.reference(self._latent(as_pixels(images[0], *nearest), tiled))
@@ -227,14 +227,18 @@ class Pipeline:
         """Move and cast every part, in place, with the arguments of a module's ``to``.
 
         Raises:
-            ValueError: weights stay in their file, as with ``low_memory`` or a released modulation.
+            ValueError: weights stay in their file, as with ``low_memory`` or a released modulation; or they have no
+                numbers to move.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         parts: list[torch.nn.Module] = [self.model, self.autoencoder, self.text.t5, self.text.clip]
         parts += [] if self.redux is None else [self.redux]
-        if str(self.device) != "meta" and any(p.is_meta for part in parts for p in part.parameters()):
-            raise ValueError("with low_memory, weights come from their files as they run; load with that device, dtype")
+        moved = str(self.device) != "meta" or device not in (None, "meta", torch.device("meta"))
+        if moved and any(p.is_meta for part in parts for p in part.parameters()):
+            raise ValueError(
+                "weights are not in memory, as with low_memory or on meta; load with that device and dtype"
+            )
         for part in parts:
             part.to(device=device, dtype=dtype)
         self.device = self.text.device = self.device if device is None else device

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fluxlab.extras import importing
-from fluxlab.files import WeightsError, read_json
+from fluxlab.files import WeightsError, at, read_json
 from fluxlab.pipeline.checks import finite
 from fluxlab.pipeline.pictures import as_seen
 from fluxlab.weights.load import load_weights
@@ -64,7 +64,7 @@ class Redux(nn.Module):
         """
         with importing():
             from transformers import AutoImageProcessor, SiglipVisionConfig, SiglipVisionModel
-        folder = Path(folder).expanduser()
+        folder = at(folder)
         official = folder / "flux1-redux-dev.safetensors"
         weights = official if official.exists() else folder / "image_embedder"
         encoder_folder, processor_folder = folder / "image_encoder", folder / "feature_extractor"

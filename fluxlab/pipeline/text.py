@@ -41,6 +41,12 @@ class TextEncoders:
     clip_length: int
     device: torch.device | str = "cpu"  # where the ids are sent
 
+    def __post_init__(self) -> None:
+        end, said = self.clip_tokenizer.eos_token_id, self.clip.config.eos_token_id
+        if said not in (2, end):  # by it CLIP finds the place that it pools; 2 is what old configs have
+            told = f"CLIP's config.json has eos_token_id {said}, and its tokenizer ends prompts with {end}"
+            raise WeightsError(f"{told}: every prompt would give the same vector; take both from one model")
+
     @classmethod
     def load(
         cls,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from threading import RLock
 from typing import Any
 
 import torch
@@ -112,20 +113,21 @@ class _State:
     def __init__(self, model: Any, layers: list[Any]) -> None:
         self.model, self.layers, self.plain = model, layers, model.forward
         self.loops: list[_Loop] = []
-        self.active = False
+        self.active, self.lock = False, RLock()  # what is ready is of one forward at a time
         self.vec = torch.empty(0)  # of the step that runs
         self.now = torch.empty(0)  # the row of the step that runs, at one place, so that compiled blocks find it
 
     @torch.no_grad()
     def begin(self, loops: Sequence[FluxInputs], times: Sequence[float]) -> None:
-        self.loops = [_Loop(self.model, inputs, times, self.layers) for inputs in loops]
-        row = self.loops[0].table[: self.loops[0].batch]
-        if (self.now.shape, self.now.dtype, self.now.device) != (row.shape, row.dtype, row.device):
-            self.now = torch.empty_like(row)
-            widths = [_linear(layer).out_features for layer in self.layers]
-            for layer, part in zip(self.layers, self.now.split(widths, dim=1), strict=True):
-                cut = isinstance(layer, Modulation)
-                layer.ready = part[:, None, :].chunk(layer.multiplier, dim=-1) if cut else part
+        with self.lock:
+            self.loops = [_Loop(self.model, inputs, times, self.layers) for inputs in loops]
+            row = self.loops[0].table[: self.loops[0].batch]
+            if (self.now.shape, self.now.dtype, self.now.device) != (row.shape, row.dtype, row.device):
+                self.now = torch.empty_like(row)
+                widths = [_linear(layer).out_features for layer in self.layers]
+                for layer, part in zip(self.layers, self.now.split(widths, dim=1), strict=True):
+                    cut = isinstance(layer, Modulation)
+                    layer.ready = part[:, None, :].chunk(layer.multiplier, dim=-1) if cut else part
 
     def modulation(self, layer: Any) -> Any:
         plain = layer.forward
@@ -144,9 +146,13 @@ class _State:
 
     def forward(self, *args: Any, **given: Any) -> Tensor:
         """The model's own, with functions that know the answer in place of the parts that were computed ahead."""
+        with self.lock:
+            return self._forward(*args, **given)
+
+    def _forward(self, *args: Any, **given: Any) -> Tensor:
         inputs = FluxInputs(*args, **given)
         loop = next((each for each in self.loops if each.fits(inputs)), None)
-        at = set(inputs.timesteps.tolist())
+        at = set(inputs.timesteps.tolist() if inputs.timesteps is not None else ())
         row = loop.rows.get(at.pop()) if loop and len(at) == 1 else None
         known: dict[str, Any] = {}
         if loop is not None and row is not None and inputs.img.shape == loop.inputs.img.shape:

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fluxlab.model.observe import observers
 from fluxlab.pipeline.inputs import FluxInputs
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.speed.handle import Handle, same
@@ -18,7 +20,8 @@ class _Kept:
 
     txt: Tensor
     y: Tensor
-    t: float
+    t: float = 0
+    img: Tensor | None = None
     first: Tensor | None = None  # what the first block added
     rest: Tensor | None = None  # and what all others did
 
@@ -32,16 +35,14 @@ class CacheHandle(Handle):
     def __str__(self) -> str:
         return f"{self.said}: {self.skipped} of {self.forwards} forwards skipped"
 
-    __repr__ = __str__
-
 
 def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
     """Leave out all blocks but the first, where the first does nearly what it did the last time.
 
     What the first block adds to its stream is compared with what it added in the last forward that ran whole: mean
     absolute difference over mean absolute value. Below the threshold, what all others added then is added again. The
-    handle counts ``skipped`` of the last loop's ``forwards``, and the picture's ``info`` says so. What is captured was
-    made by the forwards that ran whole.
+    handle counts ``skipped`` of the last loop's ``forwards``, and the picture's ``info`` says so. While ``patch``
+    changes something, nothing is skipped. What is captured of other blocks was made by the forwards that ran whole.
 
     Args:
         pipe: whose transformer; it needs a double block and a single block at least.
@@ -61,6 +62,7 @@ def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
         raise ValueError("cache_steps compares what the first double block does; this model has none, or no other")
     kept: list[_Kept] = []  # one for the prompt, one for what is led away from
     now: Any = None
+    lock = Lock()  # what is kept is of one forward at a time
     skipping, middle = False, torch.empty(0)
     whole, begins = pipe.model.forward, getattr(pipe.model, "loop_begins", None)
 
@@ -72,16 +74,20 @@ def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
     def forward(*args: Any, **given: Any) -> Tensor:
         nonlocal now, skipping
         inputs = FluxInputs(*args, **given)
+        if inputs.timesteps is None:
+            return whole(*args, **given)  # which says that it is missing
         txt, y, t = inputs.txt, inputs.y, float(inputs.timesteps.max())
-        now = next((each for each in kept if same(each.txt, txt) and same(each.y, y)), None)
-        if now is None or t >= now.t or now.first is None or now.first.shape[1] != inputs.img.shape[1]:
-            kept[:] = [each for each in kept if each is not now and each.t >= t]
-            if not kept:  # another loop begins
-                handle.forwards = handle.skipped = 0
-            kept.append(now := _Kept(txt, y, t))
-        now.t, skipping = t, False
-        handle.forwards += 1
-        return whole(*args, **given)
+        with lock:
+            now = next((each for each in kept if same(each.txt, txt) and same(each.y, y)), None)
+            other = now is None or now.first is None or now.first.shape[1] != inputs.img.shape[1]
+            if other or t > now.t or (t == now.t and not same(now.img, inputs.img)):
+                kept[:] = [each for each in kept if each is not now and each.t >= t]
+                if not kept:  # another loop begins
+                    handle.forwards = handle.skipped = 0
+                kept.append(now := _Kept(txt, y))
+            now.t, now.img, skipping = t, inputs.img, False
+            handle.forwards += 1
+            return whole(*args, **given)
 
     def first(run: Callable[..., Any]) -> Callable[..., Any]:
         def block(img: Tensor, txt: Tensor, *steer: Any) -> Any:
@@ -90,7 +96,8 @@ def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
             added = out - img
             if now.first is not None and now.rest is not None:
                 change = (added - now.first).abs().mean() / now.first.abs().mean()
-                skipping = bool(change < threshold)
+                patched = any(getattr(each, "changes", False) for each in observers.get())
+                skipping = bool(change < threshold) and not patched
             handle.skipped += skipping
             if not skipping:
                 now.first, middle = added, torch.cat((text, out), dim=1)

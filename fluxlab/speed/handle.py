@@ -96,4 +96,5 @@ class Handle:
     def __str__(self) -> str:
         return self.said
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return str(self)

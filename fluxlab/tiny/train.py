@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 
 from fluxlab.extras import importing
-from fluxlab.files import WeightsError, write_tensors, write_text
+from fluxlab.files import WeightsError, at, write_tensors, write_text
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.pipeline import Pipeline
@@ -64,7 +64,7 @@ def train(run: Path, recipe: Recipe | None = None, output: Path | None = None, e
         OSError: a folder cannot be made.
         ImportError: there is an ``output``, and scipy is not installed, with which it is measured.
     """
-    run, output, earlier = run.expanduser(), output and output.expanduser(), earlier and earlier.expanduser()
+    run, output, earlier = at(run), output and at(output), earlier and at(earlier)
     recipe = recipe or Recipe()
     _begin(run, output, asdict(recipe) | {"earlier": earlier is not None and _fingerprint(earlier)})
     autoencoder, text = begin_anew(run, recipe) if earlier is None else go_on_from(earlier)
@@ -132,8 +132,8 @@ def train_member(
     """
     if member not in (*MEMBERS, "canny"):
         raise ValueError(f"member is {member!r}; there are {', '.join(MEMBERS)} and canny")
-    run, output = run.expanduser(), output and output.expanduser()
-    earlier = (earlier or data_folder() / "flux-tiny").expanduser()
+    run, output = at(run), output and at(output)
+    earlier = at(earlier or data_folder() / "flux-tiny")
     recipe = recipe or Recipe()
     _begin(run, output, asdict(recipe) | {"earlier": _fingerprint(earlier), "member": member})
     autoencoder, known = go_on_from(earlier)

@@ -114,8 +114,9 @@ def learn_flow(
         error = F.mse_loss(predicted(forward, inputs, img).float(), velocity)
         if not reads:
             return error
-        told = reader(halfway[0][:, txt.shape[1] :][:, : img.shape[1]])
-        return error + recipe.reading * answer_loss(told, chosen["truth"])
+        told = reader(halfway[0][:, txt.shape[1] :])
+        again = told.shape[1] // img.shape[1]  # a reference's tokens tell too what will stand where they are
+        return error + recipe.reading * again * answer_loss(told, chosen["truth"].repeat(1, again, 1))
 
     for learner in learners:
         learner.requires_grad_()

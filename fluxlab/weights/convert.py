@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from fluxlab.config import AutoEncoderConfig, Variant
-from fluxlab.files import Checkpoint, Tensors, WeightsError, replacing, stream_tensors, write_text
+from fluxlab.files import Checkpoint, Tensors, WeightsError, at, replacing, stream_tensors, write_text
 from fluxlab.weights.find import find_files
 from fluxlab.weights.layouts import Config
 from fluxlab.weights.load import autoencoder_config, empty_encoder, opened, weights_of
 from fluxlab.weights.which import is_gguf, which
 
 Target = Literal["official", "diffusers", "comfyui"]
+_INDEX = "model.safetensors.index.json"
 _PREFIXES = {  # of a ComfyUI checkpoint: one file of all parts
     "transformer": "model.diffusion_model.",
     "autoencoder": "vae.",
@@ -44,10 +45,14 @@ def convert(
         WeightsError: a part is missing, is not this variant's, or would be written as it is; or the output exists.
     """
     _check_output(output, to)
-    one = Path(source or "").expanduser()  # a whole model's folder has its text encoders in it
-    if source and (one.is_file() or (any(one.glob("*.safetensors*")) and not any(one.glob("text_encoder*")))):
+    one = at(source or "")  # a whole model's folder has its text encoders in it
+    if (
+        source
+        and not any(files.values())
+        and (one.is_file() or (any(one.glob("*.safetensors*")) and not any(one.glob("text_encoder*"))))
+    ):
         kinds = [part.kind for part in which(one)]
-        if kinds in (["transformer"], ["autoencoder"]) and not files:
+        if kinds in (["transformer"], ["autoencoder"]):
             config = variant.transformer if kinds == ["transformer"] else autoencoder_config(variant, one)
             return convert_part(one, output, config, to, dtype)
     found = find_files(variant, source, **files)
@@ -71,8 +76,8 @@ def convert(
             held = str(next(iter(texts[kind].entries.values())).dtype).removeprefix("torch.")
             _write_json(encoders[kind].config.to_dict() | {"dtype": held}, folder / "config.json")
             words.mkdir()
-            for file in filter(Path.is_file, tokenizer.iterdir()):
-                if file.name != "config.json" and ".safetensors" not in file.name:  # an encoder's, in the same folder
+            for file in tokenizer.iterdir():  # an encoder's files may be in the same folder
+                if file.suffix in (".json", ".txt", ".model") and file.name not in ("config.json", _INDEX):
                     shutil.copyfile(file, words / file.name)
         if to == "diffusers":
             (target / "scheduler").mkdir()
@@ -92,7 +97,7 @@ def convert_part(
     _check_output(output, to)
     if to == "comfyui":
         raise WeightsError("to is 'comfyui', which is one file of all parts; for one part take official or diffusers")
-    source = Path(source).expanduser()
+    source = at(source)
     tensors = opened(source, config, to, dtype)
     if tensors.mapped and not is_gguf(source) and list(tensors) == list(Checkpoint(source)):
         raise WeightsError(f"{source}: is in the {to} layout already, and in that dtype")
@@ -113,7 +118,7 @@ def factors(config: Config) -> dict[str, str]:
 def _check_output(output: str | Path, to: str) -> None:
     if to not in get_args(Target):
         raise WeightsError(f"to is {to!r}; choose {', '.join(get_args(Target))}")
-    if Path(output).expanduser().exists():
+    if at(output).exists():
         raise WeightsError(f"{output}: exists already; remove it, or name another output")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fluxlab.files import Checkpoint, Tensors, WeightsError, listed
+from fluxlab.files import Checkpoint, Tensors, WeightsError, listed, read_json
 from fluxlab.model.transformer import Flux
 from fluxlab.weights.layouts import rules
 from fluxlab.weights.quantized import finite_weights
@@ -31,7 +31,7 @@ _ROLE = re.compile(  # what a tensor is to its layer
 )
 _PREFIXES = {  # of a layer's name, by the part it belongs to
     "clip": r"(text_encoder\.|lora_te1?_)(text_model[._])?",
-    "t5": r"(text_encoder_2\.|lora_te3_)",
+    "t5": r"(text_encoder_2\.|lora_te[23]_)",
     "transformer": r"((base_model\.model|transformer|model|diffusion_model)\.)*(lora_unet_|lora_transformer_)?",
 }
 _XLABS = {  # what a block's processor changes; in a single block, qkv are the first rows of linear1
@@ -48,6 +48,7 @@ _OTHERS = {  # other ways to change weights
     "LoKr": r".*lokr_.*",
     "LoHa": r".*hada_.*",
     "a middle matrix": r".*lora_mid.*",
+    "an IP-Adapter": r".*\bip_adapter_.*",
 }
 _METADATA = "lora_adapter_metadata"  # where diffusers writes PEFT's config
 _SHOWN = 128  # channels of a model that is shown edges or depth beside the noise
@@ -122,7 +123,7 @@ def read_lora(path: str | Path, modules: Mapping[str, nn.Module]) -> tuple[list[
         shapes = {role: tensors.entries[name].shape for role, name in roles.items()}
         columns = {place.layer.in_features}
         if place.layer is transformer.img_in:  # it may become wider, to be shown more than the noise
-            columns.add(max(place.layer.in_features, _SHOWN))
+            columns |= {max(place.layer.in_features, _SHOWN), transformer.config.out_channels}  # or those of the noise
         _check_shapes(path, layers[place], shapes, place, columns)
     changes = [_change(layers[place], roles, place, tensors) for place, roles in found.items()]
     return changes, {norm: finite_weights(tensors[name], name, tensors.path) for norm, name in scales.items()}
@@ -144,7 +145,8 @@ def _check_shapes(
 
 
 def _change(layer: str, roles: dict[str, str], place: _Place, tensors: Tensors) -> Change:
-    given = {role: finite_weights(tensors[name], name, tensors.path) for role, name in roles.items()}
+    values = {role: tensors[name].float() if role == "alpha" else tensors[name] for role, name in roles.items()}
+    given = {role: finite_weights(value, roles[role], tensors.path) for role, value in values.items()}
     down, up, bias = given["down"], given["up"], given.get("bias")
     alpha = given["alpha"].item() if "alpha" in given else _told(tensors, layer, len(down))
     if not (isfinite(alpha) and alpha):
@@ -153,14 +155,26 @@ def _change(layer: str, roles: dict[str, str], place: _Place, tensors: Tensors) 
 
 
 def _told(tensors: Tensors, layer: str, rank: int) -> float:
-    """A layer's alpha in PEFT's config, which diffusers writes beside the tensors; the rank where there is none."""
+    """A layer's alpha in PEFT's config; the rank where there is none.
+
+    diffusers writes it into the file, once for each part; PEFT itself beside the file.
+
+    Raises:
+        WeightsError: it cannot be read.
+    """
+    part, _, own = layer.partition(".")
+    folder = tensors.path if tensors.path.is_dir() else tensors.path.parent
+    beside = folder / "adapter_config.json"
     try:
-        told = json.loads(tensors.metadata.get(_METADATA, "{}"))
-        part, _, own = layer.partition(".")
-        alpha = told.get(f"{part}.alpha_pattern", {}).get(own, told.get(f"{part}.lora_alpha", rank))
-        return float(alpha) * (rank**0.5 if told.get(f"{part}.use_rslora") else 1)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{tensors.path}: its {_METADATA} cannot be read ({error})") from error
+        told, head = json.loads(tensors.metadata.get(_METADATA, "{}")), f"{part}."
+        if not told and beside.is_file() and tensors.path.name in (folder.name, "adapter_model.safetensors"):
+            told, head = read_json(beside), ""
+        patterns = told.get(f"{head}alpha_pattern") or {}
+        named = (alpha for key, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", own))
+        alpha = next(named, told.get(f"{head}lora_alpha", rank))
+        return float(alpha) * (rank**0.5 if told.get(f"{head}use_rslora") else 1)
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise WeightsError(f"{tensors.path}: its PEFT config cannot be read ({error})") from error
 
 
 def _own(layer: str) -> tuple[str, str]:

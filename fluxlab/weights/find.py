@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxlab.config import Variant
-from fluxlab.files import WeightsError, read_json
+from fluxlab.files import WeightsError, at, read_json
 from fluxlab.weights.which import which
 
 
@@ -32,7 +32,7 @@ def data_folder() -> Path:
         WeightsError: it is in neither place.
     """
     named = os.environ.get("FLUXLAB_DATA")
-    folder = Path(named).expanduser() if named else Path(__file__).resolve().parents[2] / "data"
+    folder = at(named) if named else Path(__file__).resolve().parents[2] / "data"
     if not folder.is_dir():
         hint = "clone it, and set FLUXLAB_DATA to its data/ folder if fluxlab is installed elsewhere"
         raise WeightsError(f"no data/ folder at {folder}; flux-tiny's weights come with the repository: {hint}")
@@ -69,7 +69,7 @@ def find_files(
         WeightsError: no source where one is needed, a part is missing, or a text encoder is another model's.
     """
     loose = {"transformer": transformer, "autoencoder": autoencoder, "t5": t5, "clip": clip}
-    given = {part: Path(path).expanduser() for part, path in loose.items() if path is not None}
+    given = {part: at(path) for part, path in loose.items() if path is not None}
     places = {
         "transformer": (Path(variant.transformer_file).name, "transformer"),
         "autoencoder": (Path(variant.autoencoder_file).name, "vae"),
@@ -79,9 +79,9 @@ def find_files(
         "clip_tokenizer": ("tokenizer",),
     }
     if source is None and not variant.embedded and (own := os.environ.get("FLUXLAB_WEIGHTS")):
-        named = Path(own).expanduser() / str(variant.repo).rpartition("/")[2]
+        named = at(own).resolve() / str(variant.repo).rpartition("/")[2]
         source = named if named.is_dir() else named.parent
-    path = None if source is None else Path(source).expanduser()
+    path = None if source is None else at(source)
     if path is None and not given and not variant.embedded:
         raise WeightsError(
             f"the weights of {variant.name} are not carried in data/; give source=, or set FLUXLAB_WEIGHTS, a folder "
@@ -106,7 +106,7 @@ def find_files(
     for part in ("t5", "clip"):
         name = f"{part}_tokenizer"
         if tokenizers is not None:
-            found[name] = Path(tokenizers).expanduser() / places[name][0]
+            found[name] = at(tokenizers) / places[name][0]
         elif part in given and given[part].is_dir() and not variant.embedded:
             found.setdefault(name, given[part])
     if missing := [f"{part} ({' or '.join(names)})" for part, names in places.items() if part not in found]:
@@ -120,6 +120,14 @@ def find_files(
     return files
 
 
+def encoder_config(folder: Path) -> dict[str, Any]:
+    """What the ``config.json`` in a text encoder's folder says of it; CLIP's may tell of both its towers."""
+    told = read_json(folder / "config.json")
+    if not isinstance(own := told.get("text_config", told), dict):
+        raise WeightsError(f"{folder}: text_config in its config.json is {own!r}, where a JSON object was expected")
+    return own
+
+
 def _check(files: Files, variant: Variant) -> None:
     if missing := [f"{part} ({path})" for part, path in vars(files).items() if not path.exists()]:
         raise WeightsError(f"not found: {', '.join(missing)}; give the folder or the file that holds it")
@@ -129,8 +137,8 @@ def _check(files: Files, variant: Variant) -> None:
             raise WeightsError(f"{folder}: {said}; fetch the tokenizer's files again")
     c = variant.transformer
     for folder, key, width in ((files.t5, "d_model", c.context_in_dim), (files.clip, "hidden_size", c.vec_in_dim)):
-        told: dict[str, Any] = read_json(folder / "config.json") if folder.is_dir() else {key: width}
-        if (found := told.get("text_config", told).get(key)) != width:  # CLIP's may tell of both its towers
+        told: dict[str, Any] = encoder_config(folder) if folder.is_dir() else {key: width}
+        if (found := told.get(key)) != width:
             said = f"{key} is {found} in its config.json, and {variant.name} takes {width}"
             raise WeightsError(f"{folder}: {said}; is it another encoder's folder?")
 

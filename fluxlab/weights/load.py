@@ -13,10 +13,10 @@ from torch import nn
 
 from fluxlab.config import AutoEncoderConfig, FluxConfig, Variant
 from fluxlab.extras import importing
-from fluxlab.files import Tensors, WeightsError, describe_difference, listed, read_json
+from fluxlab.files import Tensors, WeightsError, at, describe_difference, listed, read_json
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
-from fluxlab.weights.find import data_folder
+from fluxlab.weights.find import data_folder, encoder_config
 from fluxlab.weights.layouts import Config, Layout, Shapes, shapes, translated
 from fluxlab.weights.stream import stream
 from fluxlab.weights.which import UNUSED, Part, open_part, open_tensors
@@ -57,17 +57,21 @@ def load_weights(
 
 def fill(module: Module, tensors: Tensors, device: torch.device | str, low_memory: bool) -> Module:
     """What ``load_weights`` does once the file is opened and its names are the module's."""
+    vars(module).pop("stop_streaming", lambda: None)()  # other weights, which it had before
     if low_memory:
-        stream(module, tensors, device)
+        vars(module)["stop_streaming"] = stream(module, tensors, device)
     else:
         module.load_state_dict({name: tensors[name].to(device) for name in module.state_dict()}, assign=True)
         if callable(tie := getattr(module, "tie_weights", None)):
             tie()  # T5's one table of words has two names
     for name, buffer in list(module.named_buffers()):
-        if buffer.is_meta:  # CLIP's places, which no file holds
+        if buffer.is_meta:
             owner, _, own = name.rpartition(".")
-            places = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
-            module.get_submodule(owner).register_buffer(own, places, persistent=False)
+            held = tensors[name].to(device) if name in tensors else None
+            if held is None and own != "position_ids":  # CLIP's places, which no file holds
+                raise WeightsError(f"{tensors.path}: no file holds {name}; make the module on a device that has memory")
+            places = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape) if held is None else held
+            module.get_submodule(owner).register_buffer(own, places, persistent=held is not None)
     return module.eval().requires_grad_(False)
 
 
@@ -152,7 +156,7 @@ def autoencoder_config(variant: Variant, path: str | Path) -> AutoEncoderConfig:
     Raises:
         WeightsError: the file cannot be read, or they are no such numbers.
     """
-    path = Path(path).expanduser()
+    path = at(path)
     told: dict[str, Any] = open_tensors(path).metadata
     beside = (path if path.is_dir() else path.parent) / "config.json"
     if beside.is_file() and (config := read_json(beside)).get("_class_name") == "AutoencoderKL":
@@ -195,13 +199,12 @@ def empty_encoder(kind: str, source: str | Path, chosen: Variant | None = None) 
 
     classes: dict[str, tuple[Any, Any]] = {"t5": (T5Config, T5EncoderModel), "clip": (CLIPTextConfig, CLIPTextModel)}
     config_class, model_class = classes[kind]
-    folder = Path(source).expanduser()
+    folder = at(source)
     if not folder.is_dir() and chosen is not None and chosen.embedded:
         folder = data_folder() / {"t5": chosen.t5, "clip": chosen.clip}[kind]
-    if folder.is_dir():
-        told = read_json(folder / "config.json")
-        config = config_class.from_dict(told.get("text_config", told))  # CLIP's may tell of both its towers
-    else:
-        config = config_class(**PUBLISHED[kind])
-    with torch.device("meta"):
-        return model_class(config)
+    told = encoder_config(folder) if folder.is_dir() else PUBLISHED[kind]
+    try:
+        with torch.device("meta"):
+            return model_class(config_class.from_dict(told))
+    except Exception as error:  # a config that is odd raises of every kind
+        raise WeightsError(f"{folder}: no {kind.upper()} can be made from its config.json ({error!r})") from error

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fluxlab.files import WeightsError
+from fluxlab.files import WeightsError, at
 from fluxlab.weights.dialects import Change, read_lora
 
 
@@ -43,7 +43,7 @@ class Lora:
         self._before: list[Callable[[], None]] = []  # each gives one thing back
         self._set_to: list[tuple[Any, str, object]] = []
         for file in self.strengths:
-            changes, scales = read_lora(Path(file).expanduser(), modules)
+            changes, scales = read_lora(at(file), modules)
             if self._scales.keys() & scales:
                 said = "replaces the scales of norms, as another of the files does; give one of them"
                 raise WeightsError(f"{file}: {said}")
@@ -96,13 +96,23 @@ class Lora:
             if layer.weight.is_meta or type(layer.weight) is not nn.Parameter or not layer.weight.is_floating_point():
                 raise WeightsError(f"a weight is {layer.weight.dtype} on {layer.weight.device}; keep the LoRA apart")
         self.undo()
+        try:
+            self._add()
+        except BaseException:  # such as too little memory
+            self.undo()
+            raise
+        self.merged = True
+
+    def _add(self) -> None:
+        """Put all into the weights."""
         for layer, changes in self._changes.items():
-            extra = max(change.down.shape[1] for _, change in changes) - layer.in_features
+            extra = max(0, max(change.down.shape[1] for _, change in changes) - layer.in_features)
             weight = F.pad(layer.weight.float(), (0, extra))
             bias = None if layer.bias is None else layer.bias.float()
             for file, change in changes:
                 by = self.strengths[file] * change.scale
-                weight = weight + by * (change.up.to(weight) @ change.down.to(weight))
+                added = by * (change.up.to(weight) @ change.down.to(weight))
+                weight = weight + F.pad(added, (0, weight.shape[1] - added.shape[1]))
                 if change.bias is not None:
                     bias = by * change.bias.to(weight) + (0 if bias is None else bias)
             self._set(layer, "in_features", layer.in_features + extra)
@@ -111,7 +121,6 @@ class Lora:
         for norm, scale in self._scales.items():
             self._set(norm, "scale", _parameter(scale.to(norm.scale)))
         self._widen()
-        self.merged = True
 
     def undo(self) -> None:
         """Take all off: the weights are again those from before, bit by bit.
@@ -179,11 +188,13 @@ def _forward(layer: Any, own: Any, on: list[bool], forward: Callable[..., Tensor
 def _sum(
     layer: Any, changes: list[tuple[str, Change]], strengths: Mapping[str, float], inner: Any, x: Tensor
 ) -> Tensor:
-    total = inner(x[..., : layer.in_features])
+    another = getattr(inner, "func", None) is _forward  # LoRA, which takes what is its own
+    total = inner(x if another else x[..., : layer.in_features])
     for file, change in changes:
         if by := strengths[file] * change.scale:
             bias = None if change.bias is None else change.bias.to(x)
-            total = total + by * F.linear(F.linear(x, change.down.to(x)), change.up.to(x), bias)
+            down = F.linear(x[..., : change.down.shape[1]], change.down.to(x))
+            total = total + by * F.linear(down, change.up.to(x), bias)
     return total
 
 

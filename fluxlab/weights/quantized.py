@@ -42,7 +42,7 @@ def read_gguf(path: Path) -> Tensors:
         entries = {}
         for name, tensor in given.items():
             shape = told.get(f"comfy.gguf.orig_shape.{name}") or tensor.shape[::-1].tolist()
-            entries[name] = torch.empty(shape, dtype=_FLOATS.get(tensor.tensor_type.name), device="meta")
+            entries[name] = torch.empty(shape, dtype=_FLOATS.get(tensor.tensor_type.name, torch.float32), device="meta")
             if entries[name].numel() != tensor.n_elements:
                 raise WeightsError(f"{name} has {tensor.n_elements} numbers, where its shape {shape} says another")
         places = sorted((tensor.data_offset, tensor.data_offset + int(tensor.n_bytes)) for tensor in given.values())
@@ -78,7 +78,9 @@ def unscaled(tensors: Tensors) -> Tensors:
         raise WeightsError(f"{path}: {said}; take the bfloat16, fp8 or GGUF file of the same model")
     if others := _formats(tensors) - _EIGHT_BITS.keys():
         raise WeightsError(f"{path}: quantized as {listed(sorted(others))}, which is not read; take fp8 or GGUF")
-    scales = {f"{match[1]}.weight": name for name in names if (match := _SCALE.fullmatch(name))}
+    pairs = [(f"{match[1]}.weight", name) for name in names if (match := _SCALE.fullmatch(name))]
+    if len(scales := dict(pairs)) < len(pairs):
+        raise WeightsError(f"{path}: a weight has two scales, among {listed([name for _, name in pairs], 4)}")
     entries = {n: e for n, e in tensors.entries.items() if not (_SCALE.fullmatch(n) or _BESIDE.fullmatch(n))}
     for weight, scale in scales.items():
         entry, factor = entries.get(weight), tensors.entries[scale]

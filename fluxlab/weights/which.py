@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluxlab.files import Checkpoint, Tensors, WeightsError, listed
+from fluxlab.files import Checkpoint, Tensors, WeightsError, at, listed
 from fluxlab.weights.dialects import dialect
 from fluxlab.weights.layouts import variants_of
 from fluxlab.weights.quantized import read_gguf, unscaled
@@ -27,7 +27,7 @@ _PARTS = {  # part, layout: how names begin that no other has
 }
 # of whole text encoders and their trainings: what the encoders here have no use for
 UNUSED = re.compile(
-    r".*\b(decoder|lm_head|vision_model|visual_projection|text_projection|logit_scale|position_ids|spiece_model)\b.*"
+    r".*\b(decoder|dec|lm_head|vision_model|visual_projection|text_projection|logit_scale|position_ids|spiece_model)\b.*"
 )
 
 
@@ -111,7 +111,7 @@ def open_tensors(path: str | Path) -> Tensors:
     Raises:
         WeightsError: it cannot be read.
     """
-    path = Path(path).expanduser()
+    path = at(path)
     return read_gguf(path) if is_gguf(path) else unscaled(Checkpoint(path))
 
 

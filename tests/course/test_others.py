@@ -2,6 +2,7 @@
 
 import pytest
 
+import fluxlab as fl
 from fluxlab.course.others import KINDS, OTHERS, kinds, other
 
 COUNTS = {  # counted from the published configs and checkpoints
@@ -59,3 +60,11 @@ def test_kinds_by_hand():
 def test_an_unknown_model_is_refused():
     with pytest.raises(ValueError, match="SDXL"):
         other("SD 9")
+
+
+def test_flux_2_is_counted_by_what_its_weights_are_for():
+    model = fl.build("flux2-klein-4b", device="meta")
+    counted = kinds(model)
+    assert sum(counted.values()) == sum(p.numel() for p in model.parameters())
+    assert counted["attention"] > counted["modulation"] > counted["the rest"] > counted["convolution"] == 0
+    assert counted["MLP"] > counted["attention"]

@@ -1,16 +1,19 @@
 """Looking at inner tensors leaves the model as it was, whatever happens; changing them lasts as long as it should."""
 
 import asyncio
+import contextlib
 import copy
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
 import fluxlab as fl
+from fluxlab.files import write_tensors
 from fluxlab.inspect.names import available
 from fluxlab.model.observe import observers
 from tests.helpers import SMALL_AUTOENCODER, linux, peak_anonymous_memory, randomise
@@ -595,3 +598,105 @@ def test_a_layer_that_no_forward_reaches_is_no_result(inputs):
     traced = torch.jit.trace(module, torch.zeros(1, 2))
     with pytest.raises(ValueError, match=r"none of the|did not run"), fl.capture(traced, "used"):
         traced(torch.zeros(1, 2))
+
+
+def test_looks_inside_one_another_all_count(model, inputs):
+    """Whatever the order of the blocks: what goes on after all of them is seen, and nothing changed is lost."""
+    block = "double_blocks.0"
+
+    def run(*patches):
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for name, change in patches:
+                stack.enter_context(fl.patch(model, name, change))
+            return model(**inputs)
+
+    same, none = (lambda tensor: tensor + 0), torch.zeros_like
+    attention, attended, v = f"{block}.attention", f"{block}.attended", f"{block}.v"
+    for changed in (v, attended):
+        alone = run((changed, none))
+        assert (alone - run()).abs().max() > 1e-3
+        for order in permutations([(attention, same), (changed, none)]):
+            assert (run(*order) - alone).abs().max() < 1e-4
+    both = run(([attention, attended], lambda tensor: tensor + 0 if tensor.ndim == 4 else none(tensor)))
+    assert (both - run((attended, none))).abs().max() < 1e-4
+
+
+def test_captured_attention_is_what_was_used(model, inputs):
+    block = "double_blocks.0"
+    flat = 1 / (inputs["img"].shape[1] + inputs["txt"].shape[1])
+    with torch.no_grad(), fl.capture(model, f"{block}.attention") as around, fl.patch(model, f"{block}.q", no_queries):
+        model(**inputs)
+    assert (around[f"{block}.attention"] - flat).abs().max() < 1e-6
+    with (
+        torch.no_grad(),
+        fl.patch(model, f"{block}.attention", lambda weights: torch.full_like(weights, flat)),
+        fl.patch(model, f"{block}.attended", lambda tensor: tensor * 1.0),
+        fl.capture(model, f"{block}.attention") as inside,
+    ):
+        model(**inputs)
+    assert (inside[f"{block}.attention"] - flat).abs().max() < 1e-6
+
+
+def no_queries(q):
+    return torch.zeros_like(q)
+
+
+def test_what_runs_after_a_forward_is_none_of_it(model, inputs):
+    with torch.no_grad(), fl.capture(model, "final_layer.linear") as tape:
+        model(**inputs)
+        with pytest.raises(ValueError, match=r"final_layer\.linear was made outside the model's forward"):
+            model.final_layer.linear(torch.zeros(1, 1, 128))
+    assert tape["final_layer.linear"].shape[1] == inputs["img"].shape[1]
+    with torch.no_grad(), fl.capture(model, "final_layer.linear") as tape:
+        with pytest.raises(ValueError, match="timesteps"):
+            model(**inputs | {"timesteps": inputs["timesteps"] + 1000})
+        model(**inputs)
+    assert tape.forwards == 2
+    assert tape.captured == [1]
+
+
+def test_the_text_is_that_of_the_model_that_is_looked_at(model, inputs):
+    other = fl.build("flux-tiny-dev")
+    short = fl.example_inputs("flux-tiny-dev", **INPUTS).kwargs()
+    short |= {"txt": short["txt"][:, :7], "txt_ids": short["txt_ids"][:, :7]}
+    with torch.no_grad(), fl.capture(model, "vec") as tape:
+        model(**inputs)
+        other(**short)
+    assert tape.text_tokens == inputs["txt"].shape[1]
+
+
+def test_a_layer_may_give_several_tensors_and_other_things(model, inputs, tiny):
+    with torch.no_grad(), fl.capture(model, "double_blocks.0.img_mod") as tape:
+        model(**inputs)
+    assert len(tape) == 6
+    ids = tiny.text.tokenize(["a red ring"])[0]
+    with torch.no_grad(), fl.capture(tiny.text.t5, "encoder.block.0") as tape:
+        tiny.text.t5(ids)
+    assert "encoder.block.0.0" in tape
+    lstm = torch.nn.Sequential(torch.nn.LSTM(3, 4))
+    with torch.no_grad(), fl.capture(lstm, "0") as tape:
+        _, states = lstm(torch.randn(5, 3))
+    assert list(tape) == ["0.0", "0.1.0", "0.1.1"]
+    assert torch.equal(tape["0.1.1"], states[1])
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_what_cannot_be_looked_at_is_a_sentence(model, inputs):
+    with pytest.raises(ValueError, match="change is a Tensor; give a function"), fl.patch(model, "vec", torch.ones(3)):
+        pass
+    name = "double_blocks.0.attention"
+    with (
+        pytest.raises(ValueError, match="heads has 9, and the model has heads 0 to 3"),
+        fl.patch(model, name, lambda weights: weights),
+        fl.capture(model, name, heads=[9]),
+    ):
+        model(**inputs)
+    with pytest.raises(ValueError, match="chose none of the 0 tensors"), fl.capture(torch.nn.ReLU(), lambda _: True):
+        pass
+
+
+def test_a_spoilt_tape_is_no_tape(tmp_path):
+    for about in ({"forwards": "many"}, {"forwards": "1"}, {"forwards": "[1]", "heads": "3"}):
+        write_tensors({"0/vec": torch.ones(2)}, tmp_path / "x.safetensors", about)
+        with pytest.raises(fl.WeightsError, match="not a tape"):
+            fl.Tape.load(tmp_path / "x.safetensors")

@@ -131,3 +131,33 @@ def test_a_compiled_model_is_compared_as_the_plain_one(model, inputs):
     compiled = torch.compile(copy.deepcopy(model), backend="eager")
     assert fl.compare(model, compiled, inputs).first is None
     assert fl.compare(compiled, model, inputs).first is None
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, by):
+        super().__init__()
+        self.lin, self.by = torch.nn.Linear(4, 4), by
+
+    def forward(self, x):
+        return self.lin(x) * self.by
+
+
+def test_a_module_s_own_output_is_compared_too():
+    once, twice = Scaled(1), Scaled(2)
+    twice.load_state_dict(once.state_dict())
+    found = fl.compare(once, twice, {"x": torch.randn(2, 4)})
+    assert ([row["name"] for row in found.table], found.first) == (["lin", "output"], "output")
+    linear = torch.nn.Linear(4, 4)
+    assert fl.compare(linear, linear, {"input": torch.randn(2, 4)}).first is None
+    assert (
+        fl.compare(torch.nn.Sequential(linear), torch.nn.Sequential(linear), {"input": torch.randn(2, 4)}).first is None
+    )
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_what_has_no_numbers_is_said(model, inputs):
+    with pytest.raises(ValueError, match="inputs is a tensor"):
+        fl.compare(model, model, inputs.img)
+    with pytest.raises(ValueError, match="x is on the meta device"):
+        fl.compare({"x": torch.empty(2, device="meta")}, {"x": torch.ones(2)})
+    assert fl.compare({"x": torch.ones(0)}, {"x": torch.ones(0)}).first is None

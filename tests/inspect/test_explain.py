@@ -105,3 +105,26 @@ def test_every_weight_of_the_vae_is_explained():
     assert "autoencoder.py" in told
     with pytest.raises(ValueError, match="no weight of the VAE"):
         explanation("decoder.mid.attn_2.q.weight")
+
+
+@pytest.mark.parametrize(
+    ("symbol", "variant", "said"),
+    [
+        ("C", "flux-tiny-dev", "C = 128 in flux-tiny-dev"),
+        ("T", "flux-schnell", "T = 256 in flux-schnell"),
+        ("I", "flux-dev", "I = 4096 in flux-dev at 1024 x 1024"),
+        ("P", "flux-fill-dev", "P = 384 in flux-fill-dev"),
+        ("H", "flux2-dev", "H = 48 in flux2-dev"),
+        ("M", "flux2-dev", "M = 18432 in flux2-dev"),
+        ("X", "flux2-dev", "The width of the text's sequence.\n  X = 15360 in flux2-dev"),
+        ("A", "flux2-dev", "index, row, column, zero.\n  A = 4 in flux2-dev"),
+        ("theta", "flux2-dev", "frequencies: 2000"),
+    ],
+)
+def test_a_symbol_has_the_value_of_the_variant(symbol, variant, said):
+    assert said in explanation(symbol, variant)
+
+
+def test_flux_2_has_no_clip():
+    with pytest.raises(ValueError, match="'V' is no name of flux2-dev"):
+        explanation("V", "flux2-dev")

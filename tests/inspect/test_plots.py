@@ -168,3 +168,26 @@ def test_a_word_narrows_attention_to_its_column(tape):
     one = view(weights, "double_blocks.0.attention", head=2, word=5).axes[0].images[0].get_array()
     assert one.shape == (1, weights.shape[2])
     np.testing.assert_allclose(one[0], weights[0, 2, :, 5], rtol=1e-6)
+
+
+def test_rows_of_one_name_are_bars_of_their_own():
+    rows = [{"layer": "a", "kind": "Linear", "n": 1}, {"layer": "b", "kind": "Linear", "n": 2}]
+    (axes,) = fl.plots.bars(Table(rows), "n", label="kind").axes
+    assert sorted((bar.get_y(), bar.get_width()) for bar in axes.patches) == [(-0.4, 1.0), (0.6, 2.0)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["Linear", "Linear"]
+
+
+def test_heads_of_one_step_of_a_run(tiny):
+    with fl.capture(tiny.model, "*.attention") as tape:
+        tiny("a red ring", num_steps=2, progress=False)
+    made = fl.plots.head_grid(tape.forward(1), lambda weights: weights.amax((0, 2, 3)), "largest", "weight")
+    assert made.axes[0].images[0].get_array().shape == (6, 4)
+
+
+def test_words_need_the_columns_of_the_text(tiny, tmp_path):
+    with fl.capture(tiny.model, "*.attention", keys="image", forwards=[0]) as tape:
+        tiny("a red ring", num_steps=1, progress=False)
+    tape.save(tmp_path / "x.safetensors")
+    for each in (tape, fl.Tape.load(tmp_path / "x.safetensors")):
+        with pytest.raises(ValueError, match="words name the text's tokens"):
+            explore(each, ["a", "red"])

@@ -168,3 +168,16 @@ def test_the_glossary_has_every_weight_with_its_shape_and_no_other(name):
     model = fl.build(name, device="meta")
     listed = {each: entry.shape(model.config) for each, entry in named(model.config, "weight").items()}
     assert listed == {each: tuple(weight.shape) for each, weight in model.state_dict().items()}
+
+
+def test_the_modulations_that_flux_2_shares_are_modulation():
+    table = fl.flops("flux2-dev")
+    modulation = sum(row["GFLOP"] for row in table if "modulation" in row["part"])
+    c = fl.build("flux2-dev", device="meta").config
+    assert modulation == pytest.approx(2 * (6 + 6 + 3) * c.hidden_size**2 / 1e9)
+
+
+def test_a_model_whose_weights_stay_in_their_file_has_no_summary():
+    pipe = fl.load("flux-tiny-dev", low_memory=True)
+    with pytest.raises(ValueError, match="model keeps its weights in their file"):
+        fl.summary(pipe.model, fl.example_inputs("flux-tiny-dev"))

@@ -126,3 +126,15 @@ def test_a_picture_is_still_a_picture_of_pils(tiny, tmp_path):
     again = pickle.loads(pickle.dumps(picture))
     assert (again.tobytes(), again.info) == (picture.tobytes(), picture.info)
     assert picture.resize((8, 8)).info["prompt"] == PROMPT
+
+
+def test_a_picture_whose_exif_cannot_be_read_is_taken_as_it_is(tmp_path):
+    photo().save(tmp_path / "x.png", exif=b"garbage")
+    assert np.array_equal(as_seen(Image.open(tmp_path / "x.png")), photo())
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_several_pictures_are_not_one(tiny):
+    for images in ([photo()], iter([photo(), photo()]), (photo() for _ in range(2))):
+        with pytest.raises(ValueError, match="flux-tiny-dev takes one picture"):
+            tiny(PROMPT, image=images, **FEW)

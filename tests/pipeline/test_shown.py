@@ -361,3 +361,10 @@ def test_the_size_of_a_control_is_that_of_the_turned_one(members, tmp_path):
     exif[0x0112] = 6
     drawn().resize((64, 32)).save(tmp_path / "x.png", exif=exif)
     assert ours(PROMPT, control=Image.open(tmp_path / "x.png"), num_steps=1, progress=False).size == (32, 64)
+
+
+def test_edges_of_a_picture_of_another_ratio_are_told(members):
+    with pytest.warns(UserWarning, match="image is 100 x 40 pixels .* is stretched to 64 x 64"):
+        members["flux-canny-dev"][0](PROMPT, image=Image.new("RGB", (100, 40)), height=64, width=64, **OPTIONS)
+    with pytest.warns(UserWarning, match="control is 100 x 40 pixels"):
+        members["flux-canny-dev"][0](PROMPT, control=Image.new("RGB", (100, 40)), height=64, width=64, **OPTIONS)

@@ -1,5 +1,6 @@
 """Text conditioning against the encoders called by hand."""
 
+import json
 import logging
 import shutil
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+import fluxlab as fl
 from fluxlab.files import WeightsError
 from fluxlab.pipeline.text import TextEncoders, text_encoders
 from fluxlab.weights.find import data_folder
@@ -171,3 +173,25 @@ def test_t5s_one_table_of_words_is_one_parameter(tiny):
     own = text_encoders(tiny.variant)[0]
     assert sum(p.numel() for p in tiny.text.t5.parameters()) == sum(p.numel() for p in own.parameters())
     assert tiny.text.t5.shared.weight is tiny.text.t5.encoder.embed_tokens.weight
+
+
+@pytest.mark.parametrize("end", [999, None])
+def test_a_clip_of_another_vocabulary_is_refused(tmp_path, end):
+    """It would pool the same place of every prompt."""
+    clip = shutil.copytree(data_folder() / "flux-tiny/clip", tmp_path / "clip")
+    config = json.loads((clip / "config.json").read_text())
+    (clip / "config.json").write_text(json.dumps(config | {"eos_token_id": end}))
+    with pytest.raises(WeightsError, match="every prompt would give the same vector"):
+        TextEncoders.load(data_folder() / "flux-tiny/t5", clip, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"num_heads": "4"}, {"num_heads": 0}, {"d_kv": -1}, {"text_config": 3}],
+)
+def test_an_odd_config_is_a_sentence(tmp_path, odd):
+    t5 = shutil.copytree(data_folder() / "flux-tiny/t5", tmp_path / "t5")
+    config = json.loads((t5 / "config.json").read_text())
+    (t5 / "config.json").write_text(json.dumps(config | odd))
+    with pytest.raises(WeightsError):
+        fl.load("flux-tiny-dev", t5=t5)

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import combinations, permutations
 
@@ -503,3 +504,44 @@ def test_a_process_that_dies_ends_the_run(tmp_path):
     assert ran.returncode != 0
     assert "exitcode  : 3" in ran.stderr
     assert "another process of this run ended" in ran.stderr or "SIGTERM" in ran.stderr
+
+
+@pytest.mark.parametrize("name", ["modulation_ahead", "cache_steps"])
+def test_threads_share_a_pipeline(pipe, name):
+    plain = [painted(pipe, prompt) for prompt in PROMPTS]
+    put = PUT[name] if name == "modulation_ahead" else lambda pipe: fl.speed.cache_steps(pipe, 0.0)
+    with put(pipe), ThreadPoolExecutor(2) as pool:
+        for found, right in zip(pool.map(lambda prompt: painted(pipe, prompt), PROMPTS * 2), plain * 2, strict=True):
+            assert far(found, right) <= 1
+
+
+def test_nothing_is_skipped_while_something_is_changed(pipe):
+    seen = []
+    with fl.speed.cache_steps(pipe, 0.3) as cache:
+        painted(pipe)
+        assert cache.skipped
+        with fl.patch(pipe.model, "double_blocks.1.img.output", lambda tensor: seen.append(1) or tensor + 0):
+            painted(pipe)
+        assert (cache.skipped, len(seen)) == (0, cache.forwards)
+        looking = fl.capture(pipe.model, "double_blocks.1.img.output", forwards=[0, 5])
+        with pytest.raises(ValueError, match="forwards has 5, which made nothing"), looking:
+            painted(pipe, num_steps=20)
+        assert cache.skipped
+
+
+def test_a_negative_prompt_that_is_the_prompt_is_counted(pipe):
+    with fl.speed.cache_steps(pipe, 0.0) as cache:
+        plain = painted(pipe, "", true_cfg=2.0)
+        assert (cache.forwards, cache.skipped) == (16, 0)
+    with fl.speed.cache_steps(pipe, 0.3) as cache:
+        assert np.abs(painted(pipe, "", true_cfg=2.0) - plain).mean() < 6
+        assert cache.forwards == 16
+        assert 0 < cache.skipped < 16
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("name", ["modulation_ahead", "cache_steps"])
+def test_what_is_missing_is_said_by_the_model(pipe, name):
+    given = pipe.prepare([PROMPTS[0]], [0], 128, 128).kwargs() | {"timesteps": None}
+    with PUT[name](pipe), pytest.raises(ValueError, match="timesteps is None; give a tensor"):
+        pipe.model(**given)

@@ -16,6 +16,7 @@ import fluxlab as fl
 from fluxlab.cli import app
 from fluxlab.files import Checkpoint, write_tensors
 from fluxlab.weights.convert import convert, convert_part, diffusers_config
+from fluxlab.weights.find import data_folder
 from fluxlab.weights.layouts import shapes
 from fluxlab.weights.load import autoencoder_config
 from tests.helpers import SMALL, SMALL_AUTOENCODER, linux, peak_anonymous_memory, randomise
@@ -479,3 +480,29 @@ def test_quantized_files_are_written_widened(tmp_path, tiny):
         convert(TINY, output, to, tmp_path / "x.gguf", torch.float32)
         again = fl.load_weights(fl.build("flux-tiny-dev", device="meta"), output).state_dict()
         assert all(torch.equal(again[name], tensor) for name, tensor in loaded.items())
+
+
+def test_loose_files_go_with_a_folder_of_the_two_others(tmp_path):
+    """And of a tokenizer's folder, the words alone are taken."""
+    data, words = data_folder() / "flux-tiny", tmp_path / "words"
+    (tmp_path / "some").mkdir()
+    for name in ("flux-tiny-dev", "ae"):
+        shutil.copy(data / f"{name}.safetensors", tmp_path / "some")
+    for part, name in (("t5", "tokenizer_2"), ("clip", "tokenizer")):
+        shutil.copytree(data / part, words / name)
+        for other in ("pytorch_model.bin", "t5.gguf"):
+            (words / name / other).write_bytes(b"x")
+    loose = {"t5": data / "t5", "clip": data / "clip", "tokenizers": words}
+    convert(TINY, tmp_path / "whole", "diffusers", tmp_path / "some", torch.float32, **loose)
+    held = {file.name for name in ("tokenizer", "tokenizer_2") for file in (tmp_path / "whole" / name).iterdir()}
+    assert held == {"tokenizer.json", "tokenizer_config.json", "spiece.model"}
+    assert fl.load("flux-tiny-dev", tmp_path / "whole")("a red ring", num_steps=1, progress=False).size == (128, 128)
+    convert(TINY, tmp_path / "part", "diffusers", data / "flux-tiny-dev.safetensors", t5=None)
+    assert (tmp_path / "part/config.json").is_file()
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_dtype_that_is_a_word_is_refused(tmp_path):
+    with pytest.raises(fl.WeightsError, match="dtype is 'bfloat16'; give a floating dtype"):
+        convert(TINY, tmp_path / "x", "diffusers", dtype="bfloat16")
+    assert not (tmp_path / "x").exists()

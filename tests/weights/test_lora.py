@@ -5,6 +5,7 @@ import json
 import re
 import warnings
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -641,5 +642,106 @@ def test_pefts_own_config_tells_the_alpha(tmp_path, model):
         with Lora({"transformer": model}, {tmp_path / "x.safetensors": 1}):
             torch.testing.assert_close(out(model), out(merged_by_hand(model, added, factor)), rtol=1e-4, atol=1e-5)
     write_tensors(named, tmp_path / "x.safetensors", {"lora_adapter_metadata": "[1"})
-    with pytest.raises(fl.WeightsError, match="its lora_adapter_metadata cannot be read"):
+    with pytest.raises(fl.WeightsError, match="its PEFT config cannot be read"):
         Lora({"transformer": model}, {tmp_path / "x.safetensors": 1})
+
+
+def test_pefts_pattern_names_layers_by_their_end(tmp_path, model):
+    """As PEFT matches them: a key is the end of a layer's name, or an expression for it."""
+    key = "transformer.single_transformer_blocks.2.proj_mlp"
+    a, b = factors(model, "single_blocks.2.linear1")
+    tensors = {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b[192:]}
+    for pattern, alpha in (({"proj_mlp": 16}, 16), ({r"\d\.proj_mlp": 12}, 12), ({"mlp": 12}, 4)):
+        told = {"transformer.lora_alpha": 4, "transformer.alpha_pattern": pattern}
+        write_tensors(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(told)})
+        (change,), _ = read_lora(tmp_path / "x.safetensors", {"transformer": model})
+        assert change.scale == alpha / 4
+        config = LoraConfig(r=4, lora_alpha=4, alpha_pattern=pattern, target_modules=["proj_mlp"])
+        diffusers = FluxTransformer2DModel(**{k: v for k, v in diffusers_config(SMALL).items() if k[0] != "_"})
+        diffusers.add_adapter(config)
+        assert diffusers.single_transformer_blocks[2].proj_mlp.scaling["default"] == alpha / 4
+    told = {"transformer.alpha_pattern": {"(": 1}}
+    write_tensors(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(told)})
+    with pytest.raises(fl.WeightsError, match="its PEFT config cannot be read"):
+        read_lora(tmp_path / "x.safetensors", {"transformer": model})
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_pefts_folder_tells_the_alpha(tmp_path, model, whole):
+    """PEFT writes its config beside the file, which has another name in every other layout."""
+    tensors, _ = official(model, prefix="base_model.model.")
+    write_tensors(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 16, "r": 4, "alpha_pattern": {}}))
+    changes, _ = read_lora(tmp_path if whole else tmp_path / "adapter_model.safetensors", {"transformer": model})
+    assert {change.scale for change in changes} == {4.0}
+    write_tensors(tensors, tmp_path / "other.safetensors")
+    if not whole:
+        changes, _ = read_lora(tmp_path / "other.safetensors", {"transformer": model})
+        assert {change.scale for change in changes} == {1.0}
+
+
+def test_an_alpha_may_be_a_whole_number(tmp_path, model):
+    tensors, _ = official(model, alpha=8)
+    assert tensors[f"{LAYERS[0]}.alpha"].dtype == torch.int64
+    write_tensors(tensors, tmp_path / "x.safetensors")
+    changes, _ = read_lora(tmp_path / "x.safetensors", {"transformer": model})
+    assert {change.scale for change in changes} == {2.0}
+
+
+def test_t5_has_two_prefixes(tmp_path, tiny):
+    parts = {"transformer": tiny.model, "t5": tiny.text.t5, "clip": tiny.text.clip}
+    q = tiny.text.t5.encoder.block[0].layer[0].SelfAttention.q
+    for prefix in ("lora_te2_", "lora_te3_"):
+        key = f"{prefix}encoder_block_0_layer_0_SelfAttention_q"
+        down, up = draw(2, q.in_features), draw(q.out_features, 2)
+        write_tensors({f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}, tmp_path / "x.safetensors")
+        (change,), _ = read_lora(tmp_path / "x.safetensors", parts)
+        assert change.layer is q
+
+
+def test_a_wide_and_a_narrow_one_add_up(tmp_path):
+    """One widens img_in, for edges; another changes it for the noise alone."""
+    config = replace(SMALL, in_channels=64)
+    noise, shown = (small_inputs(config=replace(config, in_channels=c)) for c in (64, 128))
+    shown["img"][..., :64] = noise["img"]
+    wide, narrow = tmp_path / "wide.safetensors", tmp_path / "narrow.safetensors"
+    for path, columns in ((wide, 128), (narrow, 64)):
+        write_tensors({"img_in.lora_A.weight": draw(4, columns), "img_in.lora_B.weight": draw(64, 4)}, path)
+    right = randomise(fl.Flux(replace(config, in_channels=128)))
+    model = randomise(fl.Flux(config))
+    right.load_state_dict(model.state_dict() | {"img_in.weight": right.img_in.weight})
+    weight = torch.nn.functional.pad(model.img_in.weight, (0, 64)) + draw(64, 4) @ draw(4, 128)
+    weight[:, :64] += draw(64, 4) @ draw(4, 64)
+    right.img_in.weight.data = weight.detach()
+    ways = [[{wide: 1, narrow: 1}], [{narrow: 1, wide: 1}], [{wide: 1}, {narrow: 1}], [{narrow: 1}, {wide: 1}]]
+    plain = model(**noise)
+    for ways_on, merged in product(ways, (False, True)):
+        loras = []
+        for files in ways_on:
+            loras.append(Lora({"transformer": model}, files))
+            if merged:
+                loras[-1].merge()
+        assert (model(**shown) - right(**shown)).abs().max() < 1e-4, (ways_on, merged)
+        for lora in reversed(loras):
+            lora.undo()
+        assert torch.equal(model(**noise), plain)
+
+
+def test_a_merge_that_fails_leaves_nothing(tmp_path, model, monkeypatch):
+    tensors, _ = official(model)
+    write_tensors(tensors, tmp_path / "x.safetensors")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    lora = Lora({"transformer": model}, {tmp_path / "x.safetensors": 1.0})
+    once = []
+
+    def fails(tensor):
+        once.append(1)
+        if len(once) > 4:
+            raise torch.OutOfMemoryError("no more")
+        return torch.nn.Parameter(tensor, requires_grad=False)
+
+    monkeypatch.setattr("fluxlab.weights.lora._parameter", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        lora.merge()
+    assert not lora.on
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())

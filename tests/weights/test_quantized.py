@@ -300,3 +300,72 @@ def test_little_memory_is_taken_where_the_weights_would_not_fit(monkeypatch, fre
     held = {entry.dtype for entry in Checkpoint(data_folder() / "flux-tiny/flux-tiny-dev.safetensors").entries.values()}
     assert held == {torch.bfloat16}  # so that no part needs a change, and all stay mapped:
     assert not any(p.is_meta for p in fl.load("flux-tiny-dev", dtype=torch.bfloat16).model.parameters())
+
+
+def test_other_weights_take_the_place_of_those_that_stay_in_their_file(tmp_path):
+    """A model that was loaded with low memory is loaded again, either way."""
+    models = [randomise(fl.Flux(SMALL), seed) for seed in (0, 1)]
+    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for model, path in zip(models, paths, strict=True):
+        write_tensors(model.state_dict(), path)
+    inputs = small_inputs()
+    right = models[1](**inputs)
+    for low in (True, False):
+        model = fl.load_weights(fl.Flux(SMALL), paths[0], low_memory=True)
+        fl.load_weights(model, paths[1], low_memory=low)
+        assert (model(**inputs) - right).abs().max() < 1e-5
+        assert all(p.is_meta == low for p in model.parameters())
+    copy.deepcopy(model)
+
+
+class WithBuffers(torch.nn.Module):
+    def __init__(self, held):
+        super().__init__()
+        self.lin = torch.nn.Linear(2, 2)
+        self.register_buffer("mean", torch.full((2,), 7.0), persistent=held)
+
+    def forward(self, x):
+        return self.lin(x) + self.mean
+
+
+def test_buffers_are_those_of_the_file_or_refused(tmp_path):
+    module = WithBuffers(held=True)
+    write_tensors(module.state_dict(), tmp_path / "x.safetensors")
+    for low in (False, True):
+        with torch.device("meta"):
+            loaded = WithBuffers(held=True)
+        fl.load_weights(loaded, tmp_path / "x.safetensors", low_memory=low)
+        assert torch.equal(loaded.mean, module.mean)
+        assert torch.equal(loaded(torch.ones(1, 2)), module(torch.ones(1, 2)))
+    write_tensors(WithBuffers(held=False).state_dict(), tmp_path / "y.safetensors")
+    with torch.device("meta"):
+        loaded = WithBuffers(held=False)
+    with pytest.raises(fl.WeightsError, match="no file holds mean"):
+        fl.load_weights(loaded, tmp_path / "y.safetensors")
+
+
+def test_gguf_is_widened_to_float32_whatever_the_default(tmp_path):
+    model = randomise(fl.Flux(SMALL))
+    write_gguf(tmp_path / "x.gguf", model.state_dict())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        entries = read_gguf(tmp_path / "x.gguf").entries
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {entry.dtype for entry in entries.values()} == {torch.float32}
+
+
+def test_a_gguf_of_a_whole_t5_is_its_encoder(tmp_path):
+    raw = [("enc.blk.0.attn_q.weight", np.zeros((2, 32), np.float32), Q.F32)]
+    raw += [("dec.blk.0.attn_q.weight", np.zeros((2, 32), np.float32), Q.F32)]
+    write_gguf(tmp_path / "x.gguf", {}, architecture="t5", raw=raw)
+    (part,) = which(tmp_path / "x.gguf")
+    assert (part.kind, part.layout) == ("t5", "llama.cpp")
+
+
+def test_two_scales_of_one_weight_are_refused(tmp_path):
+    weight = torch.ones(2, 2).to(torch.float8_e4m3fn)
+    tensors = {"x.weight": weight, "x.scale_weight": torch.tensor(1.0), "x.weight_scale": torch.tensor(2.0)}
+    write_tensors(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(fl.WeightsError, match="a weight has two scales"):
+        which(tmp_path / "x.safetensors")

@@ -11,13 +11,9 @@ from typer.testing import CliRunner
 import fluxlab as fl
 from fluxlab.cli import app
 from fluxlab.course import others
-from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.measure import look
 from fluxlab.tiny.train import train
-from fluxlab.weights.find import data_folder
 from tests.helpers import SMALL, small_inputs
-
-TINY = data_folder() / "flux-tiny"
 
 
 def tape():
@@ -82,4 +78,4 @@ def test_a_torchvision_of_another_torch_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", spoilt)
     message = rf"torchvision::nms.*built for another torch than {torch.__version__.partition('+')[0]}.*or remove it"
     with pytest.raises(ImportError, match=message):
-        TextEncoders.load(TINY / "t5", TINY / "clip", 32, 32)
+        fl.load("flux-tiny-dev")

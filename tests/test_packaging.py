@@ -105,15 +105,7 @@ def test_no_private_name_of_another_library_is_used():
 def test_there_is_no_dead_code():
     """All is used by the library or by a chapter; what only a test uses is dead."""
     found_by_name = ["_repr_*", "__class__", "types", "doc_string", "domain", "raw_data"]  # by Jupyter, torch, protobuf
-    found_by_name += [
-        "fingerprint",
-        "set_strength",
-        "explore",
-        "tensor_names",
-        "rotation",
-        "word_attention",
-        "head_grid",
-    ]
+    found_by_name += ["fingerprint", "set_strength", "explore", "tensor_names", "rotation"]
     vulture = Vulture(ignore_names=found_by_name, ignore_decorators=["@app.*", "@_command"])
     vulture.scavenge([ROOT / "fluxlab"])
     for path in NOTEBOOKS:

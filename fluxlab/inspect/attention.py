@@ -18,12 +18,7 @@ _CHUNK = 64 * 2**20  # bytes of scores at a time
 
 
 def attention_weights(
-    q: Heads,
-    k: Heads,
-    heads: Sequence[int],
-    queries: slice,
-    keys: slice,
-    mean_heads: bool = False,
+    q: Heads, k: Heads, heads: Sequence[int], queries: slice, keys: slice, mean_heads: bool = False
 ) -> Float[Tensor, "batch kept_heads queries keys"]:
     """``softmax(q k^T / sqrt(D))`` of rotated q and k, a few rows of one head at a time, in float32 at least.
 

@@ -20,6 +20,7 @@ from fluxlab.pipeline.inputs import FluxInputs
 from fluxlab.weights.layouts import rules
 
 Run = Mapping[str, Any] | nn.Module  # of tensors
+_THEIRS = {"img": "hidden_states", "txt": "encoder_hidden_states", "y": "pooled_projections", "timesteps": "timestep"}
 
 
 class Comparison:
@@ -40,11 +41,7 @@ class Comparison:
 
 
 def compare(
-    a: Run,
-    b: Run,
-    inputs: FluxInputs | Mapping[str, Tensor] | None = None,
-    tolerance: float = 1e-5,
-    limit: float = 4.0,
+    a: Run, b: Run, inputs: FluxInputs | Mapping[str, Tensor] | None = None, tolerance: float = 1e-5, limit: float = 4.0
 ) -> Comparison:
     """Compare the tensors of two runs, one by one.
 
@@ -119,8 +116,8 @@ def _tensors(
         module = module.to(dtype)
         given = {name: t.to(dtype) if t.is_floating_point() else t for name, t in given.items()}
     names = available(module)
-    if hasattr(module, "single_transformer_blocks"):
-        given = _for_diffusers(given)
+    if hasattr(module, "single_transformer_blocks"):  # of diffusers, whose ids have no batch axis
+        given = {_THEIRS.get(name, name): t[0] if name.endswith("_ids") else t for name, t in given.items()}
     elif isinstance(module, Flux):  # with the layers whose outputs have no entry of their own
         names += [name for name, part in module.named_modules() if isinstance(part, nn.Linear) and name not in names]
     looking: Any = capture(module, set(names).__contains__, limit=limit) if names else nullcontext({})
@@ -130,13 +127,6 @@ def _tensors(
     if isinstance(out, Tensor) and not isinstance(module, Flux):  # whose output is its velocity
         found.setdefault("output", out)
     return found
-
-
-def _for_diffusers(given: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Our inputs under the names that diffusers has for them; its ids have no batch axis."""
-    names = {"img": "hidden_states", "txt": "encoder_hidden_states", "y": "pooled_projections", "timesteps": "timestep"}
-    renamed: dict[str, Any] = {names.get(name, name): tensor for name, tensor in given.items()}
-    return renamed | {name: given[name][0] for name in ("img_ids", "txt_ids")}
 
 
 def _official(tensors: Mapping[str, Tensor], model: Flux) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ def choose(module: nn.Module, names: Names) -> tuple[list[str], dict[str, list[s
     for pattern in patterns:
         matched = [pattern] if pattern in known else matching(known, pattern)
         if "attention" not in pattern:
-            matched = [name for name in matched if not _is_attention(name) or name in modules]
+            matched = [name for name in matched if name.rpartition(".")[2] != "attention" or name in modules]
         if not matched and pattern in modules:
             matched = [pattern]
         if not matched:
@@ -87,10 +87,6 @@ def choose(module: nn.Module, names: Names) -> tuple[list[str], dict[str, list[s
         picked[pattern] = matched
     found = list(dict.fromkeys(name for matched in picked.values() for name in matched))
     return sorted(found, key=lambda name: known.index(name) if name in known else len(known)), picked
-
-
-def _is_attention(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] == "attention"
 
 
 def nearest(pattern: str, known: list[str]) -> str:

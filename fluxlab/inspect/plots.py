@@ -5,24 +5,15 @@ Each function gives a matplotlib ``Figure``, which Jupyter shows and ``figure.sa
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from fluxlab.config import variant
 from fluxlab.extras import importing
-from fluxlab.inspect.table import Table
-from fluxlab.inspect.tape import Tape
 from fluxlab.model.rope import rope
-from fluxlab.pipeline.latents import grid
-from fluxlab.pipeline.schedule import schedule as make_schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,46 +44,15 @@ def _reach(values: np.ndarray) -> float:
     return (float(np.quantile(sizes, 0.995)) if sizes.size else 0.0) or 1.0
 
 
-def _heat(axes: Axes, values: Tensor, title: str, x: str, y: str, signed: bool | None = None, **options: Any) -> Any:
+def _heat(axes: Axes, values: Tensor, title: str, x: str, y: str) -> Any:
     """A matrix as colours; what is signed gets a map centred on zero. What is no number stays white."""
     data = values.detach().cpu().double().numpy()
-    if signed or (signed is None and (data < 0).any()):
-        options = {"cmap": SIGNED, "vmin": -_reach(data), "vmax": _reach(data)} | options
-    shown = axes.imshow(data, **({"aspect": "auto", "interpolation": "nearest", "cmap": POSITIVE} | options))
+    options: Any = {"cmap": POSITIVE}
+    if (data < 0).any():
+        options = {"cmap": SIGNED, "vmin": -_reach(data), "vmax": _reach(data)}
+    shown = axes.imshow(data, aspect="auto", interpolation="nearest", **options)
     axes.set(title=title, xlabel=x, ylabel=y)
     return shown
-
-
-def bars(table: Table, value: str, label: str | None = None, title: str | None = None) -> Figure:
-    """One column of a table as horizontal bars, its total left out."""
-    rows = [row for row in table if next(iter(row.values())) != "all"]
-    if not rows:
-        raise ValueError("table has no rows to draw")
-    label = label or next(iter(table[0]))
-    made, (axes,) = figure(size=(7.5, 0.9 + 0.32 * len(rows)))
-    numbers = [float(row[value]) for row in rows]
-    axes.barh(range(len(rows)), numbers, color=COLOURS[0])
-    axes.set_yticks(range(len(rows)), [str(row[label]) for row in rows])
-    axes.invert_yaxis()
-    axes.bar_label(axes.containers[0], [f"{n:,.3g}" if n < 1e3 else f"{n:,.0f}" for n in numbers], padding=3)  # type: ignore[arg-type]
-    axes.margins(x=0.18)
-    axes.set(xlabel=value, title=table.title if title is None else title)
-    return made
-
-
-def schedule(steps: Sequence[int] = (4, 20, 50), image_tokens: Sequence[int] = (256, 1024, 4096)) -> Figure:
-    """Times of the sampling loop: for several numbers of steps, and bent for several numbers of image tokens."""
-    made, (left, right) = figure(1, 2, (9.5, 3.6))
-    for number in steps:
-        times = make_schedule(number, max(image_tokens))
-        left.plot(np.linspace(0, 1, number + 1), times, marker="o", markersize=3, label=f"{number} steps")
-    for tokens in image_tokens:
-        right.plot(np.linspace(0, 1, 51), make_schedule(50, tokens), label=f"{tokens} image tokens")
-    right.plot([0, 1], [1, 0], color="#8795a1", linestyle="--", label="unshifted (schnell)")
-    for axes, title in ((left, f"{max(image_tokens)} image tokens"), (right, "50 steps")):
-        axes.set(title=title, xlabel="share of the steps done", ylabel="t (1 is noise)")
-        axes.legend()
-    return made
 
 
 def rotation(name: str = "flux-dev", positions: int = 64) -> Figure:
@@ -101,85 +61,8 @@ def rotation(name: str = "flux-dev", positions: int = 64) -> Figure:
     made, panels = figure(1, len(config.axes_dim), (9.5, 3.4))
     for axes, dim, axis in zip(panels, config.axes_dim, ("index", "row", "column"), strict=True):
         turn = rope(torch.arange(positions)[None], dim, config.theta)[0]  # L D/2 2 2
-        _heat(axes, turn[..., 0, 0], f"{axis}: cos of {dim // 2} pairs", "pair of features", "position", signed=True)
+        _heat(axes, turn[..., 0, 0], f"{axis}: cos of {dim // 2} pairs", "pair of features", "position")
     made.suptitle(f"RoPE of {name}")
-    return made
-
-
-def modulation(tape: Tape) -> Figure:
-    """How strong each captured shift, scale and gate is: the spread over its features, block by block."""
-    found: dict[str, list[tuple[str, float]]] = {}
-    for name, tensor in tape.items():
-        if match := re.fullmatch(
-            r"(.*?)[._]?(?:(?=img_mod|txt_mod)|modulation_?)(img|txt)?(?:_mod)?\.(shift|scale|gate)(\d?)", name
-        ):
-            short = match[1].replace("_blocks.", " ") + (f" {match[2]} {match[4]}" if match[2] else "")
-            found.setdefault(match[3], []).append((short, tensor.float().square().mean().sqrt().item()))
-    if not found:
-        raise ValueError("tape holds no modulation; capture '*mod*.shift*', '*mod*.scale*' and '*mod*.gate*'")
-    made, panels = figure(1, len(found), (3.2 * len(found) + 0.6, 0.8 + 0.2 * max(map(len, found.values()))))
-    for axes, (kind, values) in zip(panels, found.items(), strict=True):
-        axes.barh(range(len(values)), [value for _, value in values], color=COLOURS[0])
-        axes.set_yticks(range(len(values)), [label for label, _ in values], fontsize=8)
-        axes.invert_yaxis()
-        axes.set(title=kind, xlabel="root mean square")
-    return made
-
-
-def latents(latent: Float[Tensor, "channels h w"]) -> Figure:
-    """Every channel of one latent, all on one scale."""
-    columns = min(8, count := latent.shape[0])
-    rows = math.ceil(count / columns)
-    made, panels = figure(rows, columns, (1.15 * columns + 0.8, 1.3 * rows + 0.3))
-    most = _reach(latent.detach().cpu().double().numpy())
-    for i, axes in enumerate(panels):
-        axes.axis("off")
-        if i < count:
-            shown = _heat(axes, latent[i], f"channel {i}", "", "", True, vmin=-most, vmax=most, aspect="equal")
-    made.colorbar(shown, ax=panels, label="value", shrink=0.8)
-    return made
-
-
-def word_attention(
-    weights: Float[Tensor, "image_tokens words"], labels: Sequence[str], height: int, width: int, picture: Image.Image
-) -> Figure:
-    """Where in the picture each word is looked at from: the attention of image tokens to it, laid over the picture.
-
-    A row of ``weights`` is what one image token gives each word, in the order of the tokens; sizes are in pixels.
-    """
-    columns = min(6, len(labels) + 1)
-    rows = math.ceil((len(labels) + 1) / columns)
-    made, panels = figure(rows, columns, (1.6 * columns, 1.8 * rows * height / width + 0.3))
-    maps = weights.detach().float().cpu().reshape(*grid(height, width), len(labels))
-    for i, axes in enumerate(panels):
-        axes.axis("off")
-        if i == 0:
-            axes.imshow(np.asarray(picture))
-            axes.set_title("picture")
-        elif i <= len(labels):
-            axes.imshow(np.asarray(picture.convert("L")), cmap="gray", vmin=-255, vmax=400)
-            part, box = maps[..., i - 1].numpy(), (0, picture.width, picture.height, 0)
-            axes.imshow(part, cmap="inferno", alpha=0.65, extent=box, interpolation="bilinear", vmin=0)
-            axes.set_title(f"{labels[i - 1]}\n{part.max():.3f}", fontsize=9)
-    return made
-
-
-def head_grid(tape: Mapping[str, Tensor], value: Callable[[Tensor], Tensor], title: str, label: str) -> Figure:
-    """One number for each head of each block whose attention was captured.
-
-    ``value`` takes one block's weights ``B H Q K`` and gives ``H`` numbers, which ``label`` names.
-
-    Raises:
-        ValueError: the tape holds no attention weights.
-    """
-    found = [(name.removesuffix(".attention"), value(t)) for name, t in tape.items() if name.endswith("attention")]
-    if not found:
-        raise ValueError("tape holds no attention weights; capture '*.attention'")
-    made, (axes,) = figure(size=(1.5 + 0.45 * len(found[0][1]), 0.9 + 0.34 * len(found)))
-    shown = _heat(axes, torch.stack([numbers for _, numbers in found]), title, "head", "")
-    axes.set_yticks(range(len(found)), [name.replace("_blocks.", " ") for name, _ in found])
-    axes.set_xticks(range(len(found[0][1])), getattr(tape, "heads", None))
-    made.colorbar(shown, ax=axes, label=label)
     return made
 
 

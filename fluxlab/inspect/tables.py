@@ -8,19 +8,18 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from fluxlab.config import FLUX2, Variant, Variant2, described, whole
+from fluxlab.config import Variant, Variant2, described, whole
 from fluxlab.extras import importing
 from fluxlab.glossary import Config, named, table_of
 from fluxlab.inspect.table import Table
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import build
-from fluxlab.pipeline.inputs import FluxInputs, example_inputs
+from fluxlab.pipeline.inputs import FluxInputs
 from fluxlab.pipeline.latents import grid
 from fluxlab.pipeline.text import text_encoders
 
@@ -48,8 +47,12 @@ def summary(
         import torchinfo
 
     if isinstance(model, str):
-        example = _second_inputs if model in FLUX2 else partial(example_inputs, device="meta")
-        inputs = example(model) if inputs is None else inputs
+        chosen = described(model)
+        image, text = _tokens(chosen, None, None, None, 1)
+        entries = named(chosen.transformer, "input").values()
+        shapes = {entry.name: entry.shape(chosen.transformer, 1, text, image) for entry in entries}
+        usual = {each: torch.empty(shape, device="meta") for each, shape in shapes.items()}
+        inputs = usual if inputs is None else inputs
         model = cast(nn.Module, build(model, device="meta"))
     if inputs is None:
         raise ValueError("inputs is None; give what the module is called with: FluxInputs, a dict or a tensor")
@@ -76,17 +79,6 @@ def summary(
         if info.depth <= depth
     )
     return Table(rows, title=f"{found.total_params:,} parameters")
-
-
-def _second_inputs(name: str) -> dict[str, Tensor]:
-    """What FLUX.2 takes for a usual picture, as shapes alone."""
-    config = described(name).transformer
-    sizes = {e.name: e.shape(config) for e in table_of(config) if e.kind == "input"}
-    return {
-        each: torch.empty(size, device="meta")
-        for each, size in sizes.items()
-        if each != "guidance" or config.guidance_embed
-    }
 
 
 def parameter_table(name: str, by: Literal["part", "kind"] = "part") -> Table:
@@ -191,6 +183,7 @@ def memory(
     c = chosen.transformer
     image, text = _tokens(chosen, height, width, text_tokens, batch)
     tokens, wide = batch * (image + text), c.hidden_size
+    shapes = {entry.name: entry.shape(c) for entry in table_of(c)}
     parts: dict[str, nn.Module] = {"transformer": build(name, device="meta")}
     if isinstance(chosen, Variant):
         with torch.device("meta"):
@@ -200,16 +193,11 @@ def memory(
     numbers |= {
         "tensor: residual stream": tokens * wide,
         "tensor: q, k and v": 3 * tokens * wide,
-        "tensor: a double block's MLP hidden": batch * image * _wide(c, "double_blocks.{i}.img_mlp.0"),
-        "tensor: a single block's linear1": tokens * _wide(c, "single_blocks.{i}.linear1"),
+        "tensor: a double block's MLP hidden": batch * image * shapes["double_blocks.{i}.img_mlp.0"][-1],
+        "tensor: a single block's linear1": tokens * shapes["single_blocks.{i}.linear1"][-1],
         "tensor: attention weights, if ever whole": batch * c.num_heads * (image + text) ** 2,
     }
     rows = (
         {"what": what, "numbers": n, **{k: n * size / 1e9 for k, size in DTYPES.items()}} for what, n in numbers.items()
     )
     return Table(rows, title=f"{name}: GB, {image} image and {text} text tokens, batch {batch}")
-
-
-def _wide(c: Config, name: str) -> int:
-    """Features of a tensor of that name."""
-    return next(entry.shape(c)[-1] for entry in table_of(c) if entry.name == name)

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fluxlab.config import Variant, variant, whole
 from fluxlab.extras import importing, quiet
-from fluxlab.files import at, describe_difference, replacing
-from fluxlab.model.autoencoder import AutoEncoder
-from fluxlab.model.transformer import build
+from fluxlab.files import Tensors, at, describe_difference, replacing
 from fluxlab.weights.find import Files, find_files
-from fluxlab.weights.load import autoencoder_config, empty_encoder, load_weights
+from fluxlab.weights.load import autoencoder_config, empty_encoder, load_weights, opened
 
 Part = Literal["transformer", "double_block", "single_block", "encoder", "decoder", "t5", "clip"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -148,28 +146,19 @@ def _structure(chosen: Variant, part: Part, files: Files | None, dtype: str, ops
     writer = Writer(opset, TensorProto.DataType.Value({"float32": "FLOAT"}.get(dtype, dtype.upper())))
     if part in ("encoder", "decoder"):
         config = autoencoder_config(chosen, files.autoencoder) if files else chosen.autoencoder
-        return annotate(autoencoder_graph(writer, config, part, chosen.name), {})
-    c = chosen.transformer
-    reference = chosen.shown == "reference" and part == "transformer"
-    tokens = "T+I+R" if reference else "T+I"
-    hints: dict[str, Any] = {"Attention": [("B", tokens, c.hidden_size)]}
-    hints["SplitStreams"] = [("B", "T", c.hidden_size), ("B", tokens.removeprefix("T+"), c.hidden_size)]
-    hints["SplitReference"] = [("B", "I", c.hidden_size), ("B", "R", c.hidden_size)]
+        return annotate(autoencoder_graph(writer, config, part, chosen.name))
     if part == "transformer":
-        return annotate(transformer_graph(writer, c, chosen.name, reference), hints)
-    return annotate(block_graph(writer, c, part, chosen.name), hints)
+        return annotate(transformer_graph(writer, chosen.transformer, chosen.name, chosen.shown == "reference"))
+    return annotate(block_graph(writer, chosen.transformer, part, chosen.name))
 
 
-def _read(chosen: Variant, part: Part, files: Files) -> dict[str, Tensor]:
+def _read(chosen: Variant, part: Part, files: Files) -> Tensors:
     """The weights of a part, by their names in the graph."""
-    if part in ("encoder", "decoder"):
-        with torch.device("meta"):
-            module: nn.Module = AutoEncoder(chosen.autoencoder)
-        tensors = load_weights(module, files.autoencoder).state_dict()
-        return {name: tensor for name, tensor in tensors.items() if name.startswith(part)}
-    tensors = load_weights(build(chosen.name, device="meta"), files.transformer).state_dict()
-    head = "" if part == "transformer" else f"{part}s.0."
-    return {name.removeprefix(head): tensor for name, tensor in tensors.items() if name.startswith(head)}
+    vae = part in ("encoder", "decoder")
+    path, config = (files.autoencoder, chosen.autoencoder) if vae else (files.transformer, chosen.transformer)
+    tensors = opened(path, config, "official", narrow=True)
+    head = f"{part}." if vae else "" if part == "transformer" else f"{part}s.0."
+    return tensors.renamed({n if vae else n.removeprefix(head): n for n in tensors if n.startswith(head)})
 
 
 def _unturned(model: Any) -> set[str]:
@@ -231,38 +220,22 @@ def _write_text_encoder(
     """Traced by PyTorch's own exporter: the classes are transformers', and so are the names inside."""
     with importing():
         import onnxscript  # noqa: F401 (the exporter's own)
-    source, length, output, called = {
-        "t5": (files.t5, chosen.t5_length, "last_hidden_state", "txt"),
-        "clip": (files.clip, chosen.clip_length, "pooler_output", "y"),
+    source, length, called = {
+        "t5": (files.t5, chosen.t5_length, "txt"),
+        "clip": (files.clip, chosen.clip_length, "y"),
     }[part]
     encoder = load_weights(empty_encoder(part, source, chosen), source, dtype=dtype)
     ids = torch.ones(2, length, dtype=torch.int64)
-    free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("text_tokens", max=ids.shape[1])}
+    free = {"input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("text_tokens", max=length)}}
+    options: Any = {"opset_version": opset, "dynamo": True, "verbose": False}
     with quiet(), warnings.catch_warnings(action="ignore"):  # of what it has not installed, and of steps within
-        program = torch.onnx.export(
-            _OneOutput(encoder, output),
-            (ids,),
-            input_names=["ids"],
-            output_names=[called],
-            dynamic_shapes={"ids": free},
-            opset_version=opset,
-            dynamo=True,
-            verbose=False,
-        )
+        program = torch.onnx.export(encoder, (ids,), input_names=["ids"], dynamic_shapes=free, **options)
     assert program is not None
+    outputs = program.model.graph.outputs
+    outputs[:] = outputs[-1:]  # T5's only one, and CLIP's pooled one
+    outputs[0].name = called
     with replacing(target) as temporary:
         program.save(str(temporary), external_data=False)
         data = temporary.with_name(f"{target.name}.data")  # large weights are put there whatever is asked for
         if data.exists():
             data.replace(target.with_name(data.name))
-
-
-class _OneOutput(nn.Module):
-    """A text encoder from ids to the one tensor that FLUX takes of it."""
-
-    def __init__(self, encoder: nn.Module, output: str) -> None:
-        super().__init__()
-        self.encoder, self.output = encoder, output
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return getattr(self.encoder(input_ids=ids), self.output)

@@ -18,13 +18,9 @@ _WIDE = ("img_ids", "txt_ids", "timesteps", "guidance", "pe")  # float32 in a mo
 def define_parts(writer: Writer, c: FluxConfig, whole: bool = True) -> None:
     """Every kind of part that a model of this config has, the smallest first; for the whole of it, or for one block."""
     writer.define(SILU + _small(c, writer.opset, writer.dtype))
-    large = {"double_blocks.{i}.": double_block(whole), "single_blocks.{i}.": single_block(c, whole)}
-    large |= {"final_layer.": last_layer(c)}
-    for head, text in large.items():  # the small ones serve streams of several shapes; these can say theirs
-        function = writer.define(text, head)
-        made = {f"{head}{out}": out for node in function.node for out in node.output}
-        known = [entry for entry in entries() if entry.name in made and entry.kind == "tensor"]
-        function.value_info.extend(value(entry, c, writer.dtype, made[entry.name]) for entry in known)
+    writer.define(double_block(whole), "double_blocks.{i}.")
+    writer.define(single_block(c, whole), "single_blocks.{i}.")
+    writer.define(last_layer(c), "final_layer.")
 
 
 def _small(c: FluxConfig, opset: int, dtype: int) -> str:

@@ -17,7 +17,7 @@ import ast
 import re
 
 import numpy as np
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from fluxlab.config import VERSION
 from fluxlab.glossary import entries
@@ -53,8 +53,8 @@ class Writer:
         self.meanings = {entry.name: entry.meaning for entry in entries()}
         self.functions: dict[str, FunctionProto] = {}
 
-    def define(self, text: str, glossary: str | None = None) -> FunctionProto:
-        """Add functions, and give the last.
+    def define(self, text: str, glossary: str | None = None) -> None:
+        """Add functions.
 
         Args:
             text: of one function or more, as above.
@@ -67,8 +67,10 @@ class Writer:
             nodes = self._nodes(each.body, comments, glossary)
             made = helper.make_function(DOMAIN, each.name, inputs, _names(each.returns), nodes, self.imports)
             made.doc_string = _dotted(ast.get_docstring(each) or "")
+            if glossary is not None:
+                told = {out: self.meanings.get(f"{glossary}{out}") for node in nodes for out in node.output}
+                made.value_info.extend(ValueInfoProto(name=out, doc_string=said) for out, said in told.items() if said)
             self.functions[made.name] = made
-        return made
 
     def call(self, function: str, path: str, *inputs: str, out: str = "") -> str:
         """A line that calls a function with the weights below a path; its result is named ``out``, or as the path."""

@@ -90,12 +90,9 @@ def example_inputs(
     rows, columns = grid(height, width)
     drawn = "meta" if torch.device(device).type == "meta" else "cpu"
     seeded = None if drawn == "meta" else generator(seed)
+    shapes = (rows * columns, config.in_channels), (chosen.t5_length, config.context_in_dim), (config.vec_in_dim,)
     img, txt, y = (
         torch.randn(batch, *shape, generator=seeded, dtype=torch.float32, device=drawn).to(device, dtype)
-        for shape in (
-            (rows * columns, config.in_channels),
-            (chosen.t5_length, config.context_in_dim),
-            (config.vec_in_dim,),
-        )
+        for shape in shapes
     )
     return first_inputs(img, txt, y, height, width, chosen.guidance)

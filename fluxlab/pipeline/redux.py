@@ -84,10 +84,7 @@ class Redux(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self,
-        images: Sequence[Image.Image],
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        self, images: Sequence[Image.Image], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "pictures patches context_dim"]:
         """The tokens of each picture, where and in the dtype that the parts run in.
 

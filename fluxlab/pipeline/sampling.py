@@ -66,6 +66,7 @@ def denoise(
     times = _checked(times)
     if true_cfg != 1 and negative is None:
         raise ValueError(f"true_cfg is {true_cfg}, but there is no negative prompt's inputs to lead away from")
+    negative = None if true_cfg == 1 else negative
     shown = shown or Shown()
     channels = shown.beside(inputs).img.shape[2]
     if (wanted := getattr(getattr(model, "config", None), "in_channels", channels)) != channels:
@@ -74,16 +75,13 @@ def denoise(
     dtype = inputs.img.dtype
     img = finite(inputs.img, "inputs.img").to(torch.promote_types(dtype, torch.float32))  # many small steps add up here
     if callable(told := getattr(model, "loop_begins", None)):
-        told(
-            [shown.beside(inputs), *([] if negative is None or true_cfg == 1 else [shown.away().beside(negative)])],
-            times,
-        )
+        told([shown.beside(inputs)] + ([] if negative is None else [shown.away().beside(negative)]), times)
     steps = list(pairwise(times))
     for index, (t, t_next) in enumerate(tqdm(steps, desc="sampling", unit="step", disable=not progress)):
         timesteps = torch.full((img.shape[0],), t, dtype=torch.float32, device=img.device)
         moved = {"img": img.to(dtype), "timesteps": timesteps}
         velocity = model(**shown.beside(replace(inputs, **moved)).kwargs())[:, : img.shape[1]]
-        if negative is not None and true_cfg != 1:
+        if negative is not None:
             away = model(**shown.away().beside(replace(negative, **moved)).kwargs())[:, : img.shape[1]]
             velocity = away + true_cfg * (velocity - away)
         if velocity.shape != img.shape:

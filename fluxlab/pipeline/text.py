@@ -21,7 +21,7 @@ from fluxlab.config import Variant
 from fluxlab.extras import importing
 from fluxlab.files import WeightsError
 from fluxlab.pipeline.checks import as_list, finite, warn
-from fluxlab.weights.load import empty_encoder, load_weights
+from fluxlab.weights.load import empty_encoder
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
@@ -46,29 +46,6 @@ class TextEncoders:
         if said not in (2, end):  # by it CLIP finds the place that it pools; 2 is what old configs have
             told = f"CLIP's config.json has eos_token_id {said}, and its tokenizer ends prompts with {end}"
             raise WeightsError(f"{told}: every prompt would give the same vector; take both from one model")
-
-    @classmethod
-    def load(
-        cls,
-        t5: str | Path,
-        clip: str | Path,
-        t5_length: int,
-        clip_length: int,
-        t5_tokenizer: str | Path | None = None,
-        clip_tokenizer: str | Path | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> TextEncoders:
-        """Load both from folders in the Hugging Face format. Only safetensors are read.
-
-        Each tokenizer is looked for with its encoder, if not named; prompts are padded to the lengths, in tokens.
-
-        Raises:
-            WeightsError: the weights are not whole, or not those of such an encoder; or no tokenizer can be read.
-        """
-        words = tokenizer("t5", t5_tokenizer or t5), tokenizer("clip", clip_tokenizer or clip)
-        models = [load_weights(empty_encoder(k, p), p, device, dtype) for k, p in (("t5", t5), ("clip", clip))]
-        return cls(models[0], words[0], t5_length, models[1], words[1], clip_length, device)
 
     def tokenize(self, prompts: str | Sequence[str]) -> tuple[Int[Tensor, "batch text"], Int[Tensor, "batch clip"]]:
         """Token ids for T5 and for CLIP, padded to their lengths; a longer prompt is cut, with a warning.

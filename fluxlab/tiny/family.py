@@ -56,8 +56,7 @@ def encode_holes(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: Text
         rest = pixels * (1 - masks_of(boxes, *USUAL))
         return {"latents": pixels, "rest": rest}, {"boxes": boxes.short()}, [hole.prompt for hole in holes]
 
-    path = run / "fill-{}x{}.safetensors".format(*USUAL)
-    encode(path, 2 * recipe.fill_pictures, some, autoencoder, text)
+    encode(run / "fill-{}x{}.safetensors".format(*USUAL), 2 * recipe.fill_pictures, some, autoencoder, text)
 
 
 class Holes(Pictures):
@@ -90,8 +89,8 @@ def train_fill(
     preview = partial(fill_grid, _undistilled(TINY_FILL, model, autoencoder, text), recipe.previewed, true_cfg=3.0)
     rate = recipe.learning_rate / 2
     learn_flow(run, recipe, "fill", (model,), text, pictures, recipe.fill_steps, preview, rate)
-    options: dict[str, Any] = {"steps": recipe.fill_guidance_steps, "grid": fill_grid}
-    return distil_guidance(run, recipe, autoencoder, model, text, "fill-guidance", TINY_FILL, pictures, **options), text
+    last: Any = ("fill-guidance", TINY_FILL, pictures, recipe.fill_guidance_steps, fill_grid)
+    return distil_guidance(run, recipe, autoencoder, model, text, *last), text
 
 
 def _undistilled(member: Variant, model: Flux, autoencoder: AutoEncoder, text: TextEncoders) -> Pipeline:
@@ -134,17 +133,13 @@ def measure_fill(pipe: Pipeline, number: int = 128, **options: Any) -> list[dict
 def fill_grid(pipe: Pipeline, number: int, path: Path, **options: Any) -> None:
     """The first held-out pictures, half of the rows boxes: with their holes, and below as a model fills them."""
     columns = math.gcd(8, number)
-    rows: list[NDArray[np.uint8]] = []
+    rows: list[Any] = []
     for half in (False, True):
         examples = list(scenes_with_holes(columns, half))
         inside = masks_of(torch.tensor([hole.box for *_, hole in examples]), *USUAL)[:, 0, ..., None].bool().numpy()
         rows += [np.where(m, 128, picture.pixels) for m, (picture, *_) in zip(inside, examples, strict=True)]
-        rows += [
-            np.asarray(paint_hole(pipe, picture, hole, seed, **options))
-            for seed, (picture, _, hole) in enumerate(examples)
-        ]
-    pixels = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
-    save_grid(path, to_float(pixels), columns)
+        rows += [paint_hole(pipe, picture, hole, seed, **options) for seed, (picture, _, hole) in enumerate(examples)]
+    save_grid(path, rows, columns)
 
 
 def learn_instructions(run: Path, recipe: Recipe, known: TextEncoders) -> TextEncoders:
@@ -210,8 +205,7 @@ def encode_edits(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: Text
         others = {"changed": torch.from_numpy(touched).byte(), "truth": truth}
         return {name: to_float(pixels_of(pictures)) for name, pictures in sides.items()}, others, told
 
-    path = run / "kontext-{}x{}.safetensors".format(*USUAL)
-    encode(path, recipe.edits, some, autoencoder, text)
+    encode(run / "kontext-{}x{}.safetensors".format(*USUAL), recipe.edits, some, autoencoder, text)
 
 
 class Edits(Pictures):
@@ -240,10 +234,8 @@ def train_kontext(
     preview = partial(edit_grid, _undistilled(TINY_KONTEXT, model, autoencoder, text), recipe.previewed, true_cfg=2.5)
     learners, rate = (model, text.t5, text.clip), recipe.learning_rate / 2
     learn_flow(run, recipe, "kontext", learners, text, pictures, recipe.edit_steps, preview, rate)
-    options: dict[str, Any] = {"steps": recipe.edit_guidance_steps, "grid": edit_grid}
-    return distil_guidance(
-        run, recipe, autoencoder, model, text, "kontext-guidance", TINY_KONTEXT, pictures, **options
-    ), text
+    last: Any = ("kontext-guidance", TINY_KONTEXT, pictures, recipe.edit_guidance_steps, edit_grid)
+    return distil_guidance(run, recipe, autoencoder, model, text, *last), text
 
 
 def paint_edit(pipe: Pipeline, edit: Edit, seed: int, **options: Any) -> NDArray[np.uint8]:
@@ -269,12 +261,12 @@ def measure_kontext(pipe: Pipeline, number: int = 128, **options: Any) -> list[d
 
 def edit_grid(pipe: Pipeline, number: int, path: Path, **options: Any) -> None:
     """Held-out pictures, and below each what a model makes of it when it is told to edit it."""
-    rng, rows = np.random.default_rng(2), []
+    rng, rows, columns = np.random.default_rng(2), [], math.gcd(8, number)
     for _ in range(2):
-        edits = [random_edit(rng, held_out=True, kind=KINDS[i % len(KINDS)]) for i in range(math.gcd(8, number))]
+        edits = [random_edit(rng, held_out=True, kind=KINDS[i % len(KINDS)]) for i in range(columns)]
         rows += [edit.before.pixels for edit in edits]
         rows += [paint_edit(pipe, edit, seed, **options) for seed, edit in enumerate(edits)]
-    save_grid(path, to_float(torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)), math.gcd(8, number))
+    save_grid(path, rows, columns)
 
 
 MEMBERS: dict[str, tuple[Variant, Callable[..., tuple[Flux, TextEncoders]], Callable[..., list[dict[str, Any]]]]] = {

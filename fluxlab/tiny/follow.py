@@ -83,8 +83,7 @@ def encode_edges(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: Text
         pictures = {"latents": pixels_of(batch), "edges": torch.from_numpy(lines).permute(0, 3, 1, 2)}
         return {name: to_float(each) for name, each in pictures.items()}, {}, [picture.caption for picture in batch]
 
-    path = run / "canny-{}x{}.safetensors".format(*USUAL)
-    encode(path, recipe.canny_pictures, some, autoencoder, text)
+    encode(run / "canny-{}x{}.safetensors".format(*USUAL), recipe.canny_pictures, some, autoencoder, text)
 
 
 def train_canny(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEncoders, dev: Path) -> Adapter:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,10 +45,9 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def save_grid(path: Path, pixels: Tensor, columns: int) -> None:
-    """Pictures in -1..1, side by side, as a PNG."""
-    grid = rearrange(pixels.clamp(-1, 1), "(r c) rgb h w -> (r h) (c w) rgb", c=columns)
-    Image.fromarray(((grid + 1) * 127.5).round().byte().numpy()).save(path)
+def save_grid(path: Path, pictures: Sequence[Any], columns: int) -> None:
+    """Pictures or their pixels, ``H W 3``, side by side, as a PNG."""
+    Image.fromarray(rearrange(np.stack(pictures), "(r c) h w rgb -> (r h) (c w) rgb", c=columns)).save(path)
 
 
 Examples = tuple[dict[str, Tensor], dict[str, Tensor], list[str]]  # pixels in -1..1, other columns, and the prompts

@@ -31,7 +31,7 @@ from fluxlab.files import WeightsError, at, write_tensors, write_text
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.pipeline import Pipeline
-from fluxlab.pipeline.text import TextEncoders
+from fluxlab.pipeline.text import TextEncoders, tokenizer
 from fluxlab.tiny.distil import distil_guidance, distil_steps
 from fluxlab.tiny.family import MEMBERS
 from fluxlab.tiny.follow import measure_canny, train_canny
@@ -43,7 +43,7 @@ from fluxlab.tiny.train_flow import train_flow
 from fluxlab.tiny.train_text import train_text, train_tokenizers
 from fluxlab.weights.convert import factors
 from fluxlab.weights.find import data_folder
-from fluxlab.weights.load import autoencoder_config, load_weights
+from fluxlab.weights.load import autoencoder_config, empty_encoder, load_weights
 
 TEACHER = "training/teacher.safetensors"
 
@@ -91,7 +91,11 @@ def go_on_from(folder: Path) -> tuple[AutoEncoder, TextEncoders]:
     weights = folder / Path(DEV.autoencoder_file).name
     with torch.device("meta"):
         autoencoder = AutoEncoder(autoencoder_config(DEV, weights))
-    text = TextEncoders.load(folder / "t5", folder / "clip", DEV.t5_length, DEV.clip_length)
+    parts: dict[str, Any] = {}
+    for kind, path in (("t5", folder / "t5"), ("clip", folder / "clip")):
+        encoder = load_weights(empty_encoder(kind, path), path, dtype=torch.float32)
+        parts |= {kind: encoder, f"{kind}_tokenizer": tokenizer(kind, path)}
+    text = TextEncoders(**parts, t5_length=DEV.t5_length, clip_length=DEV.clip_length)
     return load_weights(autoencoder, weights, dtype=torch.float32), text
 
 
@@ -188,9 +192,9 @@ def _write_rounded(module: torch.nn.Module, path: Path, metadata: dict[str, str]
 
 def _write_encoders(text: TextEncoders, folder: Path) -> None:
     parts: dict[str, list[Any]] = {"t5": [text.t5, text.t5_tokenizer], "clip": [text.clip, text.clip_tokenizer]}
-    for name, (encoder, tokenizer) in parts.items():
+    for name, (encoder, words) in parts.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        for file in Path(tokenizer.name_or_path).iterdir():
+        for file in Path(words.name_or_path).iterdir():
             (folder / name / file.name).write_bytes(file.read_bytes())
         encoder.to(torch.bfloat16).save_pretrained(folder / name)
         encoder.to(torch.float32)

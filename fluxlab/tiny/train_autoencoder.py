@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fluxlab.files import read_tensors, write_tensors
 from fluxlab.model.autoencoder import AutoEncoder
+from fluxlab.pipeline.pictures import as_pictures
 from fluxlab.tiny.loop import fit
 from fluxlab.tiny.pictures import USUAL, draw, pixels_of, save_grid, to_float
 from fluxlab.tiny.recipe import DEV, Recipe
@@ -54,7 +55,7 @@ def train_autoencoder(run: Path, recipe: Recipe) -> AutoEncoder:
         again = torch.cat([autoencoder(few) for few in held_out.split(4)])
         errors = (held_out - again.clamp(-1, 1)).square().mean(dim=(1, 2, 3)) / 4
         print(f"\n{path.stem}: {(-10 * errors.log10()).mean():.1f} dB on held-out pictures", flush=True)
-        save_grid(path, torch.cat((held_out[:8], again[:8])), len(held_out[:8]))
+        save_grid(path, as_pictures(torch.cat((held_out[:8], again[:8]))), len(held_out[:8]))
 
     steps, learning_rate = recipe.autoencoder_steps, recipe.autoencoder_learning_rate
     fit("autoencoder", autoencoder, loss, steps, learning_rate, run, recipe, preview)

@@ -21,7 +21,7 @@ from fluxlab.pipeline.latents import COMPRESSION, PIXELS, pack, text_ids
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.loop import fit
-from fluxlab.tiny.pictures import USUAL, Pictures, save_grid, to_float
+from fluxlab.tiny.pictures import USUAL, Pictures, save_grid
 from fluxlab.tiny.recipe import SCHNELL, Recipe
 from fluxlab.tiny.truth import NUMBER, answer_loss
 from fluxlab.tiny.world import random_picture
@@ -151,4 +151,4 @@ def sample_grid(pipe: Pipeline, number: int, path: Path, **options: Any) -> None
     rng = np.random.default_rng(0)
     prompts = [random_picture(rng, held_out=True, complete=True).caption for _ in range(number)]
     painted: Any = pipe(prompts, seed=range(number), progress=False, **options)
-    save_grid(path, to_float(torch.from_numpy(np.stack(painted)).permute(0, 3, 1, 2)), math.gcd(8, number))
+    save_grid(path, painted, math.gcd(8, number))

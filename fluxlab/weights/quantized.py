@@ -57,9 +57,8 @@ def read_gguf(path: Path) -> Tensors:
         tensor, entry = given[name], entries[name]
         if tensor.tensor_type.name in _FLOATS:
             return torch.from_numpy(tensor.data).view(entry.dtype).reshape(entry.shape)
-        return finite_weights(
-            torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).reshape(entry.shape), name, path
-        )
+        wide = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).reshape(entry.shape)
+        return finite_weights(wide, name, path)
 
     kinds = Counter(tensor.tensor_type.name for tensor in given.values())
     return Tensors(path, entries, read, {"quantization": _counted(kinds)}, kinds.keys() <= _FLOATS.keys())

@@ -9,10 +9,7 @@ import torch
 from PIL import Image
 
 import fluxlab as fl
-from fluxlab.config import Flux2Config
 from fluxlab.inspect.explore import explore, view
-from fluxlab.inspect.table import Table
-from fluxlab.model.flux2 import Flux2
 from tests.helpers import randomise
 
 NAMES = ["*.output", "*mod*.shift*", "*mod*.scale*", "*mod*.gate*", "*.attention", "double_blocks.0.q"]
@@ -27,14 +24,7 @@ def tape():
 
 
 def pictures(tape):
-    words = tape["single_blocks.3.attention"][0].mean(0)[32:, :3]
-    yield fl.plots.schedule()
     yield fl.plots.rotation()
-    yield fl.plots.modulation(tape)
-    yield fl.plots.latents(torch.randn(16, 16, 12))
-    yield fl.plots.word_attention(words, ["a", "red", "ring"], 128, 128, Image.new("RGB", (128, 128), "gray"))
-    yield fl.plots.head_grid(tape, lambda w: w[0, :, 32:, :32].sum(-1).mean(-1), "Image to text", "share")
-    yield fl.plots.bars(fl.parameter_table("flux-dev"), "parameters")
     yield fl.plots.tensor_map(tape["double_blocks.0.q"], "q")
 
 
@@ -46,23 +36,6 @@ def test_every_picture_is_drawn_and_none_is_left_open(tape):
         for axes in figure.axes:
             assert not axes.axison or axes.get_xlabel() or axes.get_ylabel()
     assert plt.get_fignums() == []
-
-
-@pytest.mark.parametrize("names", ["*mod*.gate*", "double_stream_modulation_img.*[12]"])
-def test_modulation_of_flux2_is_drawn(names):
-    config = Flux2Config(8, 16, 64, 2, 1, 2, axes_dim=(8, 8, 8, 8))
-    model = randomise(Flux2(config))
-    inputs = {"img": torch.randn(1, 4, 8), "img_ids": torch.zeros(1, 4, 4), "txt": torch.randn(1, 6, 16)}
-    inputs |= {"txt_ids": torch.zeros(1, 6, 4), "timesteps": torch.ones(1), "guidance": torch.ones(1)}
-    with torch.no_grad(), fl.capture(model, names) as tape:
-        model(**inputs)
-    labels = [label.get_text() for axes in fl.plots.modulation(tape).axes for label in axes.get_yticklabels()]
-    assert {"double_stream img 1", "double_stream img 2"} <= set(labels)
-    assert len(labels) == len(tape)
-
-
-def test_word_attention_takes_a_size_that_leaves_a_partial_token():
-    fl.plots.word_attention(torch.rand(49, 1), ["red"], 100, 100, Image.new("RGB", (100, 100)))
 
 
 def test_signed_values_are_centred_on_zero():
@@ -78,7 +51,6 @@ def test_colours_are_scaled_by_what_is_finite(bad):
     low, high = fl.plots.tensor_map(values).axes[0].images[0].get_clim()
     assert low == -high
     assert 1.9 < high <= 2
-    assert fl.plots.latents(values[None]).axes[0].images[0].get_clim() == (low, high)
     fl.plots.tensor_map(torch.full((2, 2), bad))
 
 
@@ -90,18 +62,6 @@ def test_a_tensor_of_any_kind_is_drawn(tensor):
 def test_nothing_to_draw_is_said():
     with pytest.raises(ValueError, match=r"tensor has shape \(0, 3\)"):
         fl.plots.tensor_map(torch.zeros(0, 3))
-    with pytest.raises(ValueError, match="table has no rows"):
-        fl.plots.bars(Table([]), "parameters")
-
-
-def test_the_schedule_drawn_is_the_schedule():
-    line = fl.plots.schedule(steps=[4], image_tokens=[1024]).axes[0].lines[0]
-    assert list(line.get_ydata()) == fl.schedule(4, 1024)
-
-
-def test_a_tape_without_what_is_needed_is_refused():
-    with pytest.raises(ValueError, match=r"tape holds no .*; capture"):
-        fl.plots.modulation(fl.Tape())
 
 
 def test_the_menus_choose_what_is_shown(tape):
@@ -144,8 +104,6 @@ def test_heads_are_called_what_they_are_in_the_model(tmp_path, kept, names, titl
         assert controls["head"].options == names
         controls["tensor"].value = "double_blocks.*.q"
         assert len(controls["head"].options) == 4  # of which all are kept
-        grid = fl.plots.head_grid(each, lambda weights: weights[0].mean((1, 2)), "mean", "mean")
-        assert tuple(label.get_text() for label in grid.axes[0].get_xticklabels()) == names
     with torch.no_grad(), fl.capture(model, "double_blocks.0.attention", **kept) as alone:
         model(**fl.example_inputs("flux-tiny-dev").kwargs())
     assert explore(alone)._picture.axes[0].get_title().startswith(title)
@@ -168,20 +126,6 @@ def test_a_word_narrows_attention_to_its_column(tape):
     one = view(weights, "double_blocks.0.attention", head=2, word=5).axes[0].images[0].get_array()
     assert one.shape == (1, weights.shape[2])
     np.testing.assert_allclose(one[0], weights[0, 2, :, 5], rtol=1e-6)
-
-
-def test_rows_of_one_name_are_bars_of_their_own():
-    rows = [{"layer": "a", "kind": "Linear", "n": 1}, {"layer": "b", "kind": "Linear", "n": 2}]
-    (axes,) = fl.plots.bars(Table(rows), "n", label="kind").axes
-    assert sorted((bar.get_y(), bar.get_width()) for bar in axes.patches) == [(-0.4, 1.0), (0.6, 2.0)]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["Linear", "Linear"]
-
-
-def test_heads_of_one_step_of_a_run(tiny):
-    with fl.capture(tiny.model, "*.attention") as tape:
-        tiny("a red ring", num_steps=2, progress=False)
-    made = fl.plots.head_grid(tape.forward(1), lambda weights: weights.amax((0, 2, 3)), "largest", "weight")
-    assert made.axes[0].images[0].get_array().shape == (6, 4)
 
 
 def test_words_need_the_columns_of_the_text(tiny, tmp_path):

@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 import fluxlab as fl
 from fluxlab.files import WeightsError
-from fluxlab.pipeline.text import TextEncoders, text_encoders
+from fluxlab.pipeline.text import text_encoders
 from fluxlab.weights.find import data_folder
 
 PROMPTS = ["a small red circle left of a large blue square on a white background", "a purple star, black background"]
@@ -145,8 +145,7 @@ def folder_with(tmp_path, part, more):
 
 
 def load_with(**folders):
-    parts = {part: data_folder() / "flux-tiny" / part for part in ("t5", "clip")}
-    return TextEncoders.load(**(parts | folders), t5_length=32, clip_length=32)
+    return fl.load("flux-tiny-dev", **folders).text
 
 
 def test_a_t5_with_scales_beside_its_weights_is_refused(tmp_path):
@@ -182,7 +181,7 @@ def test_a_clip_of_another_vocabulary_is_refused(tmp_path, end):
     config = json.loads((clip / "config.json").read_text())
     (clip / "config.json").write_text(json.dumps(config | {"eos_token_id": end}))
     with pytest.raises(WeightsError, match="every prompt would give the same vector"):
-        TextEncoders.load(data_folder() / "flux-tiny/t5", clip, 32, 32)
+        fl.load("flux-tiny-dev", clip=clip)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from fluxlab.pipeline.checks import as_list
 from fluxlab.pipeline.control import edges
 from fluxlab.pipeline.load import load
 from fluxlab.tiny.family import paint_hole
@@ -34,7 +35,8 @@ _SHOWN = (  # what each relative is shown
 
 def gallery(name: str, prompts: Sequence[str] = PROMPTS, seed: int = 0, columns: int = 4) -> Image.Image:
     """Paint the prompts with a variant, one seed apart, and lay the pictures out with their prompts below."""
-    pictures: Any = load(name)(list(prompts), seed=range(seed, seed + len(prompts)), progress=False)
+    prompts = as_list("prompts", prompts)
+    pictures: Any = load(name)(prompts, seed=range(seed, seed + len(prompts)), progress=False)
     return _sheet([*zip(pictures, prompts, strict=True)], columns)
 
 

@@ -62,7 +62,7 @@ def compare(
         MemoryError: they take more.
         ValueError: a module without inputs, or no name in common; shapes that differ.
     """
-    a, b = (unwrapped(run)[""] if isinstance(run, nn.Module) else run for run in (a, b))
+    a, b = (run if isinstance(run, Mapping) else unwrapped(run)[""] for run in (a, b))
     modules = [run for run in (a, b) if isinstance(run, nn.Module)]
     widths: list[torch.dtype | None] = [torch.float32, torch.float64] if len(modules) == 2 else [None]
     if len(modules) == 2 and any(p.device.type == "mps" for module in modules for p in module.parameters()):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fluxlab.extras import importing
 from fluxlab.inspect.diagram import Diagram
+from fluxlab.inspect.names import unwrapped
 from fluxlab.pipeline.inputs import FluxInputs
 
 _DRAW = """
@@ -34,7 +35,7 @@ def graph(module: nn.Module, inputs: FluxInputs | Mapping[str, Tensor] | Tensor)
         import pygraphviz  # noqa: F401
         from torchviz import make_dot
 
-    parameters = dict(module.named_parameters())
+    parameters = dict(unwrapped(module)[""].named_parameters())
     if any(p.device.type == "meta" for p in parameters.values()):
         raise ValueError("module is on the meta device, where autograd records names of nothing; build it on the cpu")
     if not any(p.requires_grad for p in parameters.values()):

@@ -42,7 +42,14 @@ def tensor_names(name: str, height: int | None = None, width: int | None = None,
 
 
 def unwrapped(module: nn.Module) -> dict[str, nn.Module]:
-    """Every module below this one by its name, itself as ``""``, without what ``torch.compile`` wraps around them."""
+    """Every module below this one by its name, itself as ``""``, without what ``torch.compile`` wraps around them.
+
+    Raises:
+        ValueError: it is no module.
+    """
+    if not isinstance(module, nn.Module):
+        hint = "; give its model, pipe.model" if hasattr(module, "model") else ""
+        raise ValueError(f"what is to be looked at is a {type(module).__name__}, where a module was expected{hint}")
     return {re.sub(r"(^|\.)_orig_mod\b", "", name).lstrip("."): part for name, part in module.named_modules()}
 
 

@@ -13,7 +13,13 @@ class Table(list[dict[str, Any]]):
         self.title = title
 
     def column(self, name: str) -> list[Any]:
-        """One column's values, top to bottom."""
+        """One column's values, top to bottom.
+
+        Raises:
+            KeyError: there is no such column.
+        """
+        if self and name not in self[0]:
+            raise KeyError(f"{name!r} is none of the columns: {', '.join(self[0])}")
         return [row[name] for row in self]
 
     def __repr__(self) -> str:

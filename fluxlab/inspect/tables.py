@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fluxlab.config import Variant, Variant2, described, whole
 from fluxlab.extras import importing
 from fluxlab.glossary import Config, named, table_of
+from fluxlab.inspect.names import unwrapped
 from fluxlab.inspect.table import Table
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import build
@@ -54,6 +55,7 @@ def summary(
         usual = {each: torch.empty(shape, device="meta") for each, shape in shapes.items()}
         inputs = usual if inputs is None else inputs
         model = cast(nn.Module, build(model, device="meta"))
+    unwrapped(model)
     if inputs is None:
         raise ValueError("inputs is None; give what the module is called with: FluxInputs, a dict or a tensor")
     if "stop_streaming" in vars(model):

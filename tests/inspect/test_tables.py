@@ -181,3 +181,17 @@ def test_a_model_whose_weights_stay_in_their_file_has_no_summary():
     pipe = fl.load("flux-tiny-dev", low_memory=True)
     with pytest.raises(ValueError, match="model keeps its weights in their file"):
         fl.summary(pipe.model, fl.example_inputs("flux-tiny-dev"))
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_pipeline_is_no_module(tiny):
+    inputs = fl.example_inputs("flux-tiny-dev")
+    ways = [lambda: fl.summary(tiny, inputs), lambda: fl.graph(tiny, inputs), lambda: fl.compare(tiny, tiny, inputs)]
+    ways += [lambda: fl.capture(tiny, "vec").__enter__(), lambda: fl.patch(tiny, "vec", torch.abs).__enter__()]
+    for way in ways:
+        with pytest.raises(
+            ValueError, match=r"is a Pipeline, where a module was expected; give its model, pipe\.model"
+        ):
+            way()
+    with pytest.raises(KeyError, match="'FLOP' is none of the columns: part, GFLOP, share"):
+        fl.flops("flux-tiny-dev").column("FLOP")

@@ -38,7 +38,7 @@ test: .venv/.installed browser
 	$(BIN)/mypy
 	$(REUSE) OMP_NUM_THREADS=1 $(BIN)/pytest --nbmake --disable-plugin-autoload -p nbmake -p xdist --numprocesses=logical --maxprocesses=4 --maxschedchunk=1
 
-# Some tests open the site and graphs in a real browser. As root on Debian, as in CI, it is installed; else only said.
+# Some tests open the site and graphs in a real browser. As root on Debian it is installed; else only said.
 browser:
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \

@@ -27,10 +27,12 @@ from fluxlab.weights.which import which as which_parts
 
 _TINY = "flux-tiny-dev"
 _SOURCE = """A whole model's folder in the other layout; or one part, a transformer or an autoencoder: a file, or a
-diffusers folder of shards. Not needed for flux-tiny, to diffusers."""
+diffusers folder of shards. Not needed for flux-tiny, to diffusers or comfyui."""
 
 _OPTIONS: Any = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False}
-app = typer.Typer(help="FLUX.1, opened.", rich_markup_mode=None, **_OPTIONS)  # markup would swallow "[default: ...]"
+app = typer.Typer(
+    help="FLUX.1: paint, explain, convert, export and train.", rich_markup_mode=None, **_OPTIONS
+)  # markup would swallow "[default: ...]"
 
 
 _EXPECTED: Any = (ValueError, OSError, ImportError, MemoryError, ArithmeticError, torch.OutOfMemoryError)
@@ -67,13 +69,13 @@ def generate(
     output: Annotated[Path, Option(help="The PNG file to write.")] = Path("picture.png"),
     variant: Annotated[str, Option(help="Which model.")] = _TINY,
     source: Annotated[
-        str | None, Option(help="A full-size model: its folder, a file, or hub repository (owner/name).")
+        str | None, Option(help="A full-size model: its folder, or a hub repository (owner/name).")
     ] = None,
     steps: Annotated[int | None, Option(help="Forwards of the model. [default: the variant's]")] = None,
     guidance: Annotated[float | None, Option(help="Distilled guidance. [default: the variant's]")] = None,
     seed: Annotated[int, Option(help="Of the noise: the same seed gives the same picture.")] = 0,
-    width: Annotated[int | None, Option(help="In pixels, a multiple of 16.")] = None,
-    height: Annotated[int | None, Option(help="In pixels, a multiple of 16.")] = None,
+    width: Annotated[int | None, Option(help="In pixels, a multiple of 16. [default: the picture's, or usual]")] = None,
+    height: Annotated[int | None, Option(help="Likewise.")] = None,
     image: Annotated[
         list[Path] | None, Option(help="A picture to start from, to fill, to change or to vary. For Redux, repeatable.")
     ] = None,
@@ -82,7 +84,9 @@ def generate(
     redux: Annotated[
         Path | None, Option(help="The folder of FLUX.1-Redux-dev, which gives --image to the model as text.")
     ] = None,
-    strength: Annotated[float | None, Option(help="How much of --image becomes noise, (0, 1]. [default: 0.7]")] = None,
+    strength: Annotated[
+        float | None, Option(help="How much of --image becomes noise, (0, 1]; of Redux, its weight.")
+    ] = None,
     negative_prompt: Annotated[str | None, Option(help="What --true-cfg leads away from.")] = None,
     true_cfg: Annotated[float, Option(help="Above 1: guidance by a second forward a step.")] = 1.0,
     tiled: Annotated[bool, Option("--tiled", help="A large picture through the VAE in tiles: less memory.")] = False,
@@ -142,14 +146,16 @@ def _of_one(given: object) -> None:
 
 @_command
 def export(
-    variant: Annotated[str | None, Argument(help="Whose ONNX file to write. [default: make all of exported/]")] = None,
+    variant: Annotated[
+        str | None, Argument(help="Whose ONNX file to write. [default: all that is in exported/]")
+    ] = None,
     output: Annotated[Path, Option(help="The folder for everything, or the one ONNX file.")] = Path("exported"),
     part: Annotated[str, Option(help=f"{', '.join(PARTS[:-1])} or {PARTS[-1]}.")] = "transformer",
     weights: Annotated[bool, Option(help="Write the numbers too, so that the file runs.")] = False,
-    source: Annotated[str | None, Option(help="Where a full-size model's weights are.")] = None,
+    source: Annotated[str | None, Option(help="The folder or hub repository of a full-size model.")] = None,
     dtype: Annotated[str, Option(help="float32, float16 or bfloat16.")] = "float32",
     opset: Annotated[int, Option(help="17 to 24; below 23, norms and attention are spelled out.")] = 23,
-    flat: Annotated[bool, Option(help="Without functions: for onnxslim, OpenVINO, quantizers of your own.")] = False,
+    flat: Annotated[bool, Option(help="Without functions: for OpenVINO, and quantizers of your own.")] = False,
     quantize: Annotated[str | None, Option(help="int8: products of integers, with --weights; flat, opset 17.")] = None,
 ) -> None:
     """Write ONNX graphs, maps, diagrams and grids of pictures: all of exported/, or one model's ONNX file.
@@ -234,7 +240,7 @@ def train_tiny(
     run: Annotated[Path, Option(help="Where the training keeps its state; run again, it goes on from there.")],
     output: Annotated[Path | None, Option(help="Where flux-tiny is written when done.")] = None,
     earlier: Annotated[Path | None, Option(help="Folder of a flux-tiny to go on from.")] = None,
-    member: Annotated[str | None, Option(help="A relative instead, from its teacher: fill, kontext or canny.")] = None,
+    member: Annotated[str | None, Option(help="A relative instead: fill or kontext; or canny, a LoRA on it.")] = None,
     seed: Annotated[int, Option(min=0, help="Of everything drawn.")] = 0,
     smoke: Annotated[bool, Option(help="A few steps of every stage, to see that all of it works.")] = False,
 ) -> None:

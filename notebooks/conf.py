@@ -5,6 +5,7 @@
 
 import inspect
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 import fluxlab as fl
 from fluxlab.glossary import entries
 
-REPOSITORY = ""  # put it in here, such as https://github.com/you/fluxlab: links to files, Binder and Colab lead there
+# links to files, Binder and Colab lead to it: GitHub's workflow says what it is
+REPOSITORY = f"https://github.com/{os.environ['GITHUB_REPOSITORY']}" if "GITHUB_REPOSITORY" in os.environ else ""
 HERE = Path(__file__).parent
 
 project, author, release = "fluxlab", "The fluxlab contributors", fl.__version__

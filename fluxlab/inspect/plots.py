@@ -56,7 +56,11 @@ def _heat(axes: Axes, values: Tensor, title: str, x: str, y: str) -> Any:
 
 
 def rotation(name: str = "flux-dev", positions: int = 64) -> Figure:
-    """The angle by which RoPE turns each pair of features at each position, one picture for each axis."""
+    """The cosine of the angle by which RoPE turns each pair of features at each position, a picture for each axis.
+
+    Raises:
+        ConfigError: no such variant.
+    """
     config = variant(name).transformer
     made, panels = figure(1, len(config.axes_dim), (9.5, 3.4))
     for axes, dim, axis in zip(panels, config.axes_dim, ("index", "row", "column"), strict=True):
@@ -67,7 +71,11 @@ def rotation(name: str = "flux-dev", positions: int = 64) -> Figure:
 
 
 def tensor_map(tensor: Tensor, title: str = "") -> Figure:
-    """Any tensor as a picture: the last two axes, the first of each axis before them."""
+    """Any tensor as a picture: the last two axes, the first of each axis before them.
+
+    Raises:
+        ValueError: it has no values.
+    """
     if not tensor.numel():
         raise ValueError(f"tensor has shape {tuple(tensor.shape)}: there are no values to draw")
     matrix = torch.atleast_2d(tensor)

@@ -14,6 +14,9 @@ def cheat_sheet(name: str = "flux-dev") -> Diagram:
 
     Args:
         name: of the variant.
+
+    Raises:
+        ConfigError: no such variant.
     """
     columns = [("The whole", model_map(name)), ("Double-stream block", block_diagram("double", name))]
     columns += [("Single-stream block", block_diagram("single", name))]

@@ -61,13 +61,13 @@ def export_onnx(
             in the part's ``state_dict``.
         source: where the weights are, as ``fl.load`` takes it.
         dtype: of weights and features: float32, float16 or bfloat16.
-        opset: 23 or later has norms, rotation and attention as single operators; 17 to 22 spell them out. The text
+        opset: 23 or 24 has norms, rotation and attention as single operators; 17 to 22 spell them out. The text
             encoders are written from 18 on.
         flat: put the functions' nodes in their callers' places, for tools that know no functions. Quantizers need it:
             onnxruntime's, given functions, quantizes nothing and does not say so.
         quantize: "int8": the weights of products in 8 bits and products of integers, by onnxruntime's
-            ``quantize_dynamic``; of a flat graph in opset 17 and float32, with its numbers, below 2 GB. Not of the text
-            encoders.
+            ``quantize_dynamic``; of a flat graph in opset 17, which it sets, and float32, with its numbers, below 2 GB.
+            Not of the text encoders.
 
     Raises:
         ConfigError: no such variant.

@@ -79,10 +79,20 @@ def example_inputs(
 ) -> FluxInputs:
     """Random inputs of the shapes that a variant takes, at its usual size or another; on "meta", shapes alone.
 
-    Image, text and ``y`` are unit noise from ``seed``; the time is 1 and the guidance the variant's usual one.
+    Image, text and ``y`` are unit noise; the time is 1 and the guidance the variant's usual one.
+
+    Args:
+        name: of the variant.
+        height: of the picture, in pixels; by default the variant's usual one. A partial token counts whole.
+        width: likewise.
+        batch: pictures at once.
+        device: where the tensors are.
+        dtype: of ``img``, ``txt`` and ``y``; the others are float32.
+        seed: of the noise.
 
     Raises:
-        ValueError: no such variant, or a size, batch or seed that is no such number.
+        ConfigError: no such variant.
+        ValueError: a size, batch or seed that is no such number.
     """
     chosen = variant(name)
     config, batch = chosen.transformer, whole("batch", batch)

@@ -44,7 +44,8 @@ def load(
 
     Raises:
         ConfigError: no such variant.
-        ValueError: no such device here, or no floating dtype.
+        ValueError: no such device here, or no floating dtype; ``redux`` for a model whose ``image=`` means something
+            else; or a LoRA's strength is no finite number.
         WeightsError: files are missing, or hold another model.
     """
     chosen = variant(name)

@@ -75,8 +75,10 @@ class Pipeline:
             prompt: one, or several for a batch.
             seed: of the noise; one for all, or one for each picture. One prompt with several seeds is a batch too.
             num_steps: forwards of the model; by default the variant's usual number.
-            guidance: how strongly the prompt is followed, for models with guidance distilled in: one forward a step.
-            height: in pixels, a multiple of 16; by default ``image``'s, or the variant's usual size.
+            guidance: how strongly the prompt is followed, for models with guidance distilled in: one forward a step; by
+                default the variant's usual strength.
+            height: in pixels, a multiple of 16; by default that of ``control`` or else ``image``; for Kontext, the
+                nearest size it knows; without either, and with Redux, the variant's usual size.
             width: likewise.
             negative_prompt: what ``true_cfg`` leads away from; by default the empty prompt.
             true_cfg: above 1, classifier-free guidance with a second forward a step, beside the distilled guidance.

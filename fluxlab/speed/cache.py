@@ -49,7 +49,7 @@ def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
         threshold: from 0, which never skips; 0.05 to 0.2 are usual.
 
     Raises:
-        ValueError: the threshold is no such number, or the model has no such blocks.
+        ValueError: the threshold is no such number, or the model has no such blocks; or as ``compile`` says.
 
     Source: first-block caching of ParaAttention, Cheng 2024; the idea is that of "Timestep Embedding Tells: It's Time
     to Cache for Video Diffusion Model", Liu et al. 2024.

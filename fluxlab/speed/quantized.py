@@ -27,7 +27,8 @@ def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
             integers; ``"fp8"``: weights alone, where the device has it.
 
     Raises:
-        ValueError: no such kind, or the device has no fp8; or weights are not in memory, as with ``low_memory``.
+        ValueError: no such kind, or the device has no fp8; or weights are not in memory, as with ``low_memory``; or as
+            ``compile`` says.
         ImportError: torchao is not installed.
     """
     if kind not in _CONFIGS:

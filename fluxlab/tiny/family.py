@@ -1,4 +1,4 @@
-"""flux-tiny's relatives, which are shown something beside the noise, trained on from its teacher. Opened in chapter 18.
+"""Two of flux-tiny's relatives, shown something beside the noise, trained on from its teacher. Opened in chapter 18.
 
     fill     a hole in a picture, to be painted as the prompt says; all around it stays
     kontext  a picture, to be changed as an instruction says; its text encoders learn new words

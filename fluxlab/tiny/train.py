@@ -9,7 +9,7 @@ The flux-tiny in data/ took several runs; the README beside it tells of them.
     flow         rectified flow, with the text encoders, some captions dropped so that CFG works: the teacher
     guidance     flux-tiny-dev: the teacher's CFG output at any guidance, in one forward
     steps        flux-tiny-schnell: the same pictures in 1 to 4 steps
-    publish      the weights, under the official names, into data/, with the losses and sample grids
+    publish      the weights, under the official names, with the losses and sample grids
     measures     what both get right of 256 held-out prompts
 
 Every stage saves its state as it goes and, run again, continues where it stopped: the random numbers of a step depend

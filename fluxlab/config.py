@@ -52,16 +52,19 @@ class _Widths:
     def __post_init__(self) -> None:
         if not isinstance(self.axes_dim, Iterable):
             raise ConfigError(f"axes_dim is {self.axes_dim!r}; give a number for each axis")
-        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
+        dims = tuple(whole("axes_dim", dim, error=ConfigError) for dim in self.axes_dim)
+        object.__setattr__(self, "axes_dim", dims)
         sizes = ("in_channels", "out_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads", "theta")
         _check_sizes(self, *(name for name in sizes if hasattr(self, name)))
         _check_sizes(self, "depth", "depth_single_blocks", least=0)
-        if not (isinstance(self.mlp_ratio, Real) and 0 < self.mlp_ratio < inf):
-            raise ConfigError(f"mlp_ratio is {self.mlp_ratio!r}; it must be a finite number above 0")
+        if not (isinstance(self.mlp_ratio, Real) and 1 <= self.mlp_ratio * self.hidden_size < inf):
+            raise ConfigError(
+                f"mlp_ratio is {self.mlp_ratio!r}; it must be a finite number above 0, at least 1 / width"
+            )
         if self.hidden_size % self.num_heads:
             said = f"num_heads is {self.num_heads}, which does not divide hidden_size {self.hidden_size}"
             raise ConfigError(f"{said}; choose a number of heads that does")
-        if any(not isinstance(dim, int) or dim < 2 or dim % 2 for dim in self.axes_dim):
+        if any(dim % 2 for dim in self.axes_dim):
             raise ConfigError(f"axes_dim is {self.axes_dim}; RoPE turns features in pairs: give positive even numbers")
         if sum(self.axes_dim) != self.head_dim:
             said = f"axes_dim is {self.axes_dim}, which sums to {sum(self.axes_dim)}"

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import fluxlab as fl
@@ -106,3 +107,10 @@ def test_a_name_is_text():
             fl.variant(name)
         with pytest.raises(fl.ConfigError, match="unknown variant"):
             fl.flops(name)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_sizes_may_be_numpys():
+    assert fl.FluxConfig(axes_dim=np.array([16, 56, 56])) == fl.FluxConfig()
+    with pytest.raises(fl.ConfigError, match="mlp_ratio is 1e-05"):
+        fl.FluxConfig(mlp_ratio=1e-5)

@@ -21,7 +21,7 @@ def check(answer: Any, right: str | Callable[[Any], bool], hint: str) -> None:
         return
     try:
         verdict = right in map(_hashed, _forms(answer)) if isinstance(right, str) else bool(right(answer))
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, ArithmeticError):
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ArithmeticError, AssertionError):
         verdict = False
     print("right" if verdict else f"not yet: {answer!r} is not it. {hint}")
 

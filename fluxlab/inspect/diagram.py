@@ -111,6 +111,8 @@ def model_map(
 ) -> Diagram:
     """The whole model on one page, each part with its chapter and its sizes: orange text, blue image, green steering.
 
+    What Fill, Kontext and their like are shown beside the noise is left out.
+
     Args:
         name: of the variant whose sizes are written in.
         lit: a part, or several, to light: text_encoders, latents, inputs, embeddings, modulation, rope, double_blocks,
@@ -137,6 +139,8 @@ def block_diagram(
     kind: Literal["double", "single"], name: str = "flux-dev", height: int | None = None, width: int | None = None
 ) -> Diagram:
     """One block, top to bottom, with the sizes of a variant: green is steered by ``vec``, yellow is where tokens meet.
+
+    The tokens are those of noise and text; Kontext's reference, which adds as many as it has, is left out.
 
     Args:
         kind: of block.

@@ -43,7 +43,7 @@ def _told(name: str) -> Iterator[tuple[str, list[str]]]:
     """What stands beside the drawings."""
     chosen = variant(name)
     c, vae = chosen.transformer, chosen.autoencoder
-    guided = " + guidance_in(1000 g)" if c.guidance_embed else ""
+    guided, and_g = (" + guidance_in(1000 g)", " and g") if c.guidance_embed else ("", "")
     shares, shift = " + ".join(map(str, c.axes_dim)), f"{-vae.shift_factor:+g}".replace("-", "− ").replace("+", "+ ")
     yield (
         "A flow from noise to picture",
@@ -61,7 +61,7 @@ def _told(name: str) -> Iterator[tuple[str, list[str]]]:
         "One vector steers every layer",
         [
             f"vec = time_in(1000 t){guided} + vector_in(y)",
-            "t and g as 128 cosines and 128 sines; each _in is Linear, SiLU, Linear",
+            f"t{and_g} as 128 cosines and 128 sines; each _in is Linear, SiLU, Linear",
             "shift, scale, gate = Linear(SiLU(vec))",
             "(1 + scale) × LayerNorm(x) + shift;  x + gate × what a layer gives",
             f"last layer: shift and scale once more, then Linear to {c.out_channels} numbers a token",

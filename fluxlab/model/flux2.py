@@ -7,6 +7,8 @@ layers of a language model, side by side. Parameter names are the published chec
 Axes: batch B, tokens L = text T + image I, channels C, hidden width M of the MLP.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from fluxlab.model.embeddings import MLPEmbedder, timestep_embedding
 from fluxlab.model.modulation import Modulation, ModulationOut
 from fluxlab.model.observe import Observed
 from fluxlab.model.rope import EmbedND, Rotations
+from fluxlab.model.transformer import Flux
 
 Steer = tuple[ModulationOut, ...]
 
@@ -100,6 +103,8 @@ class Flux2(Observed):
             if isinstance(module, nn.Linear):
                 module.register_parameter("bias", None)
 
+    _check: Any = Flux._check
+
     def forward(
         self,
         img: Float[Tensor, "batch image_tokens in_channels"],
@@ -115,11 +120,9 @@ class Flux2(Observed):
         column, and for text its place in the prompt.
 
         Raises:
-            ValueError: guidance is missing where the model needs it, or given where it has no use.
+            ValueError: as ``Flux.forward`` says.
         """
-        if (self.guidance_in is None) != (guidance is None):
-            said = "has no guidance embedder; leave guidance out" if guidance is not None else "needs guidance"
-            raise ValueError(f"guidance is {'given' if guidance is not None else 'None'}, and this model {said}")
+        self._check(img=img, img_ids=img_ids, txt=txt, txt_ids=txt_ids, timesteps=timesteps, guidance=guidance)
         img, timesteps = self.see("img", img), self.see("timesteps", timesteps)
         vec = self.time_in(timestep_embedding(timesteps).to(img))
         if self.guidance_in is not None and guidance is not None:

@@ -96,7 +96,7 @@ class Flux(Observed):
 
     def _check(self, **given: Tensor | None) -> None:
         """What does not fit is named before any work is done. The weights are asked nothing: they may be anywhere."""
-        c = self.config
+        c: Any = self.config  # FLUX.2's too
         if c.guidance_embed and given["guidance"] is None:
             raise ValueError(
                 "guidance is None, but this model has a guidance embedder; give one strength for each item of the "
@@ -111,6 +111,8 @@ class Flux(Observed):
         if wrong := [name for name in given if name not in tensors]:
             raise ValueError(f"{wrong[0]} is {given[wrong[0]]!r}; give a tensor")
         img = tensors["img"]
+        if not img.is_floating_point():
+            raise ValueError(f"img is {img.dtype}; give a floating dtype, that of the weights")
         (batch, image), (_, text) = ((*tensors[name].shape, 0, 0)[:2] for name in ("img", "txt"))
         shapes = {
             "img": (batch, image, c.in_channels),
@@ -118,7 +120,7 @@ class Flux(Observed):
             "txt": (batch, text, c.context_in_dim),
             "txt_ids": (batch, text, len(c.axes_dim)),
             "timesteps": (batch,),
-            "y": (batch, c.vec_in_dim),
+            "y": (batch, getattr(c, "vec_in_dim", 0)),
             "guidance": (batch,),
         }
         for name, tensor in tensors.items():
@@ -129,6 +131,8 @@ class Flux(Observed):
             if name in ("txt", "y") and (tensor.device, tensor.dtype) != (img.device, img.dtype):
                 said = f"{name} is {tensor.dtype} on {tensor.device}, and img is {img.dtype} on {img.device}"
                 raise ValueError(f"{said}; give both alike, as the weights are")
+            if name == "txt_ids" and tensor.device != tensors["img_ids"].device:
+                raise ValueError(f"txt_ids is on {tensor.device}, and img_ids on {tensors['img_ids'].device}")
             if name not in ("img", "txt", "y") and tensor.is_floating_point() and tensor.itemsize < 4:
                 raise ValueError(f"{name} is {tensor.dtype}, which rounds it; give float32")
         t = tensors["timesteps"]

@@ -70,7 +70,7 @@ def Downsample(x, conv.weight, conv.bias) -> y:
 
 def Scale(x) -> y:
     "(x - shift_factor) * scale_factor: what the transformer works on"
-    y = (x - {c.shift_factor}) * {c.scale_factor}
+    y = (x - {float(c.shift_factor)}) * {float(c.scale_factor)}
 
 def Upsample(x, conv.weight, conv.bias) -> y:
     "Twice the side: each value repeated, then a convolution"
@@ -79,7 +79,7 @@ def Upsample(x, conv.weight, conv.bias) -> y:
 
 def Unscale(x) -> y:
     "x / scale_factor + shift_factor: what the VAE knows"
-    y = x / {c.scale_factor} + {c.shift_factor}
+    y = x / {float(c.scale_factor)} + {float(c.shift_factor)}
 """
 
 

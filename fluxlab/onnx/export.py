@@ -60,7 +60,7 @@ def export_onnx(
         weights: whether to write the numbers too, from the variant's files; or the tensors themselves, by their names
             in the part's ``state_dict``.
         source: where the weights are, as ``fl.load`` takes it.
-        dtype: of weights and features: float32, float16 or bfloat16.
+        dtype: of weights and features: float32, float16 or bfloat16, which onnxruntime runs on GPUs alone.
         opset: 23 or 24 has norms, rotation and attention as single operators; 17 to 22 spell them out. The text
             encoders are written from 18 on.
         flat: put the functions' nodes in their callers' places, for tools that know no functions. Quantizers need it:
@@ -72,10 +72,12 @@ def export_onnx(
     Raises:
         ConfigError: no such variant.
         ValueError: no such part, dtype or opset; text encoders without weights, or quantized; a source and no weights;
-            weights that do not fit, or are too large for the dtype.
+            weights that do not fit, or are too large for the dtype; a transformer without biases of q, k and v, or a
+            VAE in bfloat16 below opset 22.
         WeightsError: weights that are asked for are not found.
         FileNotFoundError: there is no folder to write to.
         IsADirectoryError: ``path`` is a folder.
+        FileExistsError: without weights, where those of another export lie beside.
         OSError: the file cannot be written.
     """
     chosen = variant(name)
@@ -101,6 +103,10 @@ def export_onnx(
             said = f"quantize is {quantize!r}, weights {'given' if weights else weights} and dtype {dtype!r}"
             raise ValueError(f"{said}; quantize='int8' goes with weights, and with dtype float32")
         flat, opset = True, 17
+    if dtype == "bfloat16" and part in ("encoder", "decoder") and opset < 22:
+        raise ValueError(f"dtype is 'bfloat16' and opset {opset}; ONNX's convolutions take it from 22 on")
+    if not isinstance(weights, bool | Mapping):
+        raise ValueError(f"weights is a {type(weights).__name__}; give True, False, or tensors by their names")
     if source is not None and weights is not True:
         raise ValueError("source says where weights are, and none are read from it; ask for weights=True")
     files = None
@@ -111,6 +117,8 @@ def export_onnx(
     model = _structure(chosen, part, files, dtype, opset)
     tensors: Mapping[str, Tensor] | None = None
     if not isinstance(weights, bool):
+        if part in ("encoder", "decoder") and not any(name.startswith(f"{part}.") for name in weights):
+            weights = {f"{part}.{name}": tensor for name, tensor in weights.items()}
         _check(weights, model)
         tensors = weights
     elif weights and files:
@@ -119,7 +127,9 @@ def export_onnx(
         with importing():
             from onnx import inliner
 
+            from fluxlab.onnx.shapes import annotate
         turned = _unturned(model := inliner.inline_local_functions(model))
+        annotate(model)
         tensors = tensors and {name: tensor.T if name in turned else tensor for name, tensor in tensors.items()}
     if quantize is None:
         return _write(model, tensors, _TORCH[dtype], target)
@@ -127,7 +137,7 @@ def export_onnx(
         from onnxruntime.quantization import quantize_dynamic, shape_inference
     with replacing(target) as temporary:
         full, ready = temporary.with_name("full.onnx"), temporary.with_name("ready.onnx")
-        _write(model, tensors, _TORCH[dtype], full)
+        _write(model, tensors, _TORCH[dtype], full, embed=2e9)  # onnxruntime looks for no file beside it
         with quiet():  # it recommends what is being done
             shape_inference.quant_pre_process(full, ready, skip_symbolic_shape=True)
             quantize_dynamic(ready, temporary)
@@ -180,31 +190,37 @@ def _check(weights: Mapping[str, Tensor], model: Any) -> None:
     if problems := describe_difference(wanted, weights):
         raise ValueError(f"weights do not fit the part: {problems}")
     for name, shape in wanted.items():
+        if not isinstance(weights[name], Tensor) or weights[name].is_meta:
+            raise ValueError(f"weights: {name} is no tensor that has numbers")
         if (found := tuple(weights[name].shape)) != shape:
             raise ValueError(f"weights: {name} has shape {found}, and the part takes {shape}")
 
 
-def _write(model: Any, weights: Mapping[str, Tensor] | None, dtype: torch.dtype, target: Path) -> None:
+def _write(
+    model: Any, weights: Mapping[str, Tensor] | None, dtype: torch.dtype, target: Path, embed: float | None = None
+) -> None:
     """The graph, and its weights inside it or beside it; both are put in place only when they are whole."""
-    tensors = model.graph.initializer
+    tensors, embed = model.graph.initializer, _EMBED if embed is None else embed
     sizes = [dtype.itemsize * math.prod(tensor.dims) for tensor in tensors]
-    if weights and sum(sizes) < _EMBED:
+    if weights and sum(sizes) < embed:
         for tensor in tensors:
             tensor.ClearField("data_location")
             tensor.raw_data = bytes(_bytes(tensor.name, weights[tensor.name], dtype))
     else:
         beside, start = target.with_name(f"{target.name}.weights"), 0
+        if not weights and beside.exists():
+            raise FileExistsError(f"{beside} has the numbers of another export, which this graph would take; remove it")
         for tensor, size in zip(tensors, sizes, strict=True):
             for key, value in (("location", beside.name), ("offset", start), ("length", size)):
                 tensor.external_data.add(key=key, value=str(value))
             start += size + -size % _ALIGN
-        if weights:
+    with replacing(target) as graph:
+        graph.write_bytes(model.SerializeToString())
+        if weights and sum(sizes) >= embed:
             with replacing(beside) as temporary, temporary.open("wb") as file:
                 for tensor, size in zip(tensors, sizes, strict=True):
                     file.write(_bytes(tensor.name, weights[tensor.name], dtype))
                     file.write(bytes(-size % _ALIGN))
-    with replacing(target) as temporary:
-        temporary.write_bytes(model.SerializeToString())
 
 
 def _bytes(name: str, tensor: Tensor, dtype: torch.dtype) -> memoryview:

@@ -16,7 +16,13 @@ _WIDE = ("img_ids", "txt_ids", "timesteps", "guidance", "pe")  # float32 in a mo
 
 
 def define_parts(writer: Writer, c: FluxConfig, whole: bool = True) -> None:
-    """Every kind of part that a model of this config has, the smallest first; for the whole of it, or for one block."""
+    """Every kind of part that a model of this config has, the smallest first; for the whole of it, or for one block.
+
+    Raises:
+        ValueError: the config has no biases of q, k and v, which every function here takes.
+    """
+    if not c.qkv_bias:
+        raise ValueError("qkv_bias is False, and the graph is written for models whose qkv has a bias")
     writer.define(SILU + _small(c, writer.opset, writer.dtype))
     writer.define(double_block(whole), "double_blocks.{i}.")
     writer.define(single_block(c, whole), "single_blocks.{i}.")

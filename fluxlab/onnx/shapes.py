@@ -27,11 +27,12 @@ def annotate(model: ModelProto) -> ModelProto:
     for dim in free:
         dim.dim_value = _NUMBERS[dim.dim_param]
     copy = ModelProto.FromString(model.SerializeToString())
-    for function in copy.functions:
-        for node in function.node:
+    for body in (copy.graph, *copy.functions):
+        for node in body.node:
             if node.op_type == "GroupNormalization":  # inference knows nothing of it; this one keeps the shape as well
                 node.op_type = "InstanceNormalization"
                 del node.attribute[:]
+    for function in copy.functions:
         names = _values(function).items()
         function.node.extend(helper.make_node("Identity", [name], [f"{full}|"]) for name, full in names)
     found: dict[str, list[TypeProto.Tensor]] = defaultdict(list)  # of a value, its type in each call

@@ -71,7 +71,16 @@ def distil_guidance(
         return F.mse_loss(predicted(forward, replace(inputs, guidance=guidance), img).float(), target)
 
     preview = partial(grid, Pipeline(member, student, autoencoder, text), recipe.previewed)
-    fit(stage, student, loss, steps or recipe.guidance_steps, recipe.learning_rate / 3, run, recipe, preview)
+    fit(
+        stage,
+        student,
+        loss,
+        recipe.guidance_steps if steps is None else steps,
+        recipe.learning_rate / 3,
+        run,
+        recipe,
+        preview,
+    )
     return student
 
 

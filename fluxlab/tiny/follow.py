@@ -26,7 +26,7 @@ from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.pipeline.shown import Shown
 from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.loop import fit
-from fluxlab.tiny.measure import judge
+from fluxlab.tiny.measure import judge, mean_of
 from fluxlab.tiny.pictures import USUAL, Examples, Pictures, draw, encode, pixels_of, to_float
 from fluxlab.tiny.recipe import DEV, Recipe
 from fluxlab.tiny.train_flow import noisy
@@ -123,7 +123,7 @@ def measure_canny(pipe: Pipeline, number: int = 128, **options: Any) -> list[dic
         pixels = np.asarray(painted)
         overlap, right = _overlap(pixels, picture.masks.max(axis=0) > 0.5), judge(pixels, picture.scene)
         rows.append({"overlap": overlap, "colour": right["colour"], "all": right["all"]})
-    return [{"number": number, **options} | {k: round(float(np.mean([r[k] for r in rows])), 4) for k in rows[0]}]
+    return [{"number": number, **options} | mean_of(rows)]
 
 
 def _overlap(pixels: NDArray[np.uint8], things: NDArray[np.bool_]) -> float:

@@ -49,7 +49,8 @@ def fit(
     average = [p.detach().clone() for p in parameters]
     start = _restore(path, parameters, average, optimizers) if path.exists() else 0
     if record.exists():  # what came after the last save is done again
-        kept = [line for line in record.read_text().splitlines(True) if json.loads(line)["step"] <= start]
+        whole = [line for line in record.read_text().splitlines(True) if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["step"] <= start]
         write_text("".join(kept), record)
     losses: list[float] = []
     began = time.monotonic()

@@ -114,7 +114,8 @@ def _begin(run: Path, output: Path | None, given: dict[str, Any]) -> None:
     for folder in [run] if output is None else [run, output / "training"]:
         folder.mkdir(parents=True, exist_ok=True)
     if (path := run / "recipe.json").exists() and (before := json.loads(path.read_text())) != given:
-        changed = {name: (before.get(name), value) for name, value in given.items() if before.get(name) != value}
+        both = {name: (before.get(name), given.get(name)) for name in before | given}
+        changed = {name: pair for name, pair in both.items() if pair[0] != pair[1]}
         raise ValueError(f"{path.parent} was begun with another recipe (then, now): {changed}; name another folder")
     write_text(json.dumps(given, indent=2) + "\n", path)
 

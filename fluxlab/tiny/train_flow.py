@@ -120,7 +120,7 @@ def learn_flow(
 
     for learner in learners:
         learner.requires_grad_()
-    rate = learning_rate or recipe.learning_rate
+    rate = recipe.learning_rate if learning_rate is None else learning_rate
     fit(stage, nn.ModuleList((*learners, reader)), loss, steps, rate, run, recipe, preview)
     hook.remove()
     return model

@@ -103,9 +103,9 @@ def test_inner_tensors_are_seen():
 @pytest.mark.usefixtures("as_users_run_it")
 def test_what_does_not_fit_is_said():
     given = inputs(SMALL)
-    with pytest.raises(ValueError, match="guidance is None, and this model needs guidance"):
+    with pytest.raises(ValueError, match="guidance is None, but this model has a guidance embedder"):
         Flux2(SMALL)(**given | {"guidance": None})
-    with pytest.raises(ValueError, match="guidance is given, and this model has no guidance embedder; leave"):
+    with pytest.raises(ValueError, match="guidance was given, but this model has no guidance embedder"):
         Flux2(replace(SMALL, guidance_embed=False))(**given)
     with pytest.raises(fl.ConfigError, match="num_heads is 2, which does not divide hidden_size 63"):
         replace(SMALL, hidden_size=63)
@@ -196,3 +196,20 @@ def test_explain_knows_it(capsys):
 def test_it_has_no_pipeline_and_says_so():
     with pytest.raises(fl.ConfigError, match="of flux2-dev the transformer alone is here"):
         fl.load("flux2-dev")
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("timesteps", lambda t: 500 * t, "timesteps has 125; t is in"),
+        ("img_ids", lambda t: t.bfloat16(), "img_ids is torch.bfloat16, which rounds it"),
+        ("txt_ids", lambda t: t[..., :3], "txt_ids has shape"),
+        ("img", lambda t: t.long(), "img is torch.int64; give a floating dtype"),
+        ("guidance", lambda t: t * torch.inf, "guidance has inf"),
+    ],
+)
+def test_what_does_not_fit_is_named(name, change, message):
+    given = inputs(SMALL)
+    with pytest.raises(ValueError, match=message):
+        Flux2(SMALL)(**given | {name: change(given[name])})

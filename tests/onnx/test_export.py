@@ -414,6 +414,8 @@ def test_large_weights_go_to_a_file_beside_it(tmp_path, monkeypatch):
         ("flux-tiny-dev", {"part": "t5", "weights": True, "quantize": "int8"}, ValueError, "are not quantized"),
         ("flux-dev", {"weights": True}, ValueError, "give source="),
         ("flux-dev", {"source": "folder"}, ValueError, "ask for weights=True"),
+        ("flux-dev", {"weights": None}, ValueError, "weights is a NoneType; give True, False, or tensors"),
+        ("flux-dev", {"part": "decoder", "dtype": "bfloat16", "opset": 17}, ValueError, "take it from 22 on"),
     ],
 )
 def test_what_cannot_be_written_is_refused_and_nothing_is_left(tmp_path, name, options, error, said):
@@ -453,6 +455,59 @@ def test_an_export_that_is_stopped_leaves_nothing_half_written(tmp_path, monkeyp
     with pytest.raises(RuntimeError, match="stop"):
         fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=fl.build("flux-tiny-dev").state_dict())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_fails_leaves_the_one_before_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("fluxlab.onnx.export._EMBED", 0)
+    before, after = (randomise(fl.build("flux-tiny-dev"), seed).state_dict() for seed in (0, 1))
+    fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=before)
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(FileExistsError, match="has the numbers of another export"):
+        fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx")
+    monkeypatch.setattr("pathlib.Path.write_bytes", Mock(side_effect=OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=after)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
+
+
+def test_int8_of_weights_that_would_go_to_a_file_beside(tmp_path, monkeypatch, tiny):
+    monkeypatch.setattr("fluxlab.onnx.export._EMBED", 0)
+    fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=tiny.model.state_dict(), quantize="int8")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.onnx"]
+    inputs = fl.example_inputs("flux-tiny-dev").kwargs()
+    with torch.no_grad():
+        assert relative(run(tmp_path / "x.onnx", **inputs)[0], tiny.model(**inputs)) < 0.2
+
+
+def test_half_of_a_vae_is_given_by_its_own_state(tmp_path, tiny):
+    fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", "decoder", weights=tiny.autoencoder.decoder.state_dict())
+    latent = torch.randn(1, 16, 4, 6)
+    with torch.no_grad():
+        assert relative(run(tmp_path / "x.onnx", latent=latent)[0], tiny.autoencoder.decode(latent)) < 1e-4
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_what_has_no_numbers_is_not_written(tmp_path, monkeypatch):
+    names = fl.build("flux-tiny-dev").state_dict()
+    for weights in (fl.build("flux-tiny-dev", "meta").state_dict(), dict.fromkeys(names)):
+        with pytest.raises(ValueError, match="is no tensor that has numbers"):
+            fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=weights)
+    dev = fl.VARIANTS["flux-dev"]
+    monkeypatch.setitem(fl.VARIANTS, "flux-dev", replace(dev, transformer=replace(dev.transformer, qkv_bias=False)))
+    with pytest.raises(ValueError, match="qkv_bias is False"):
+        fl.export_onnx("flux-dev", tmp_path / "x.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("opset", [17, 23])
+@pytest.mark.parametrize("part", ["transformer", "double_block", "decoder"])
+def test_a_flat_file_has_a_shape_on_every_edge_and_none_of_what_went(tmp_path, part, opset):
+    fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", part, flat=True, opset=opset)
+    graph = structure(tmp_path / "x.onnx").graph
+    made = {name for node in graph.node for name in node.output}
+    told = {info.name for info in graph.value_info} | {output.name for output in graph.output}
+    assert made <= told <= made | {output.name for output in graph.output}
+    assert all(dim.dim_value or dim.dim_param for i in graph.value_info for dim in i.type.tensor_type.shape.dim)
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):

@@ -34,8 +34,8 @@ class Recipe:
     edits: int = 12_000  # for flux-tiny-kontext-dev
     told_by_caption: float = 0.25  # of them are told by the caption of the picture after
     edit_text_steps: int = 1_200  # in which the encoders learn the tokenizers' new words
-    edit_steps: int = 7_500
-    edit_guidance_steps: int = 800
+    edit_steps: int = 11_000
+    edit_guidance_steps: int = 600
     canny_pictures: int = 8_000  # for the LoRA of flux-tiny-canny-dev
     canny_rank: int = 16
     canny_steps: int = 2_500

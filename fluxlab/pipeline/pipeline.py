@@ -267,8 +267,8 @@ class Pipeline:
             usual = preferred_size(image, self.variant.size)
         elif image is not None:
             usual = max(PIXELS, image.height // PIXELS * PIXELS), max(PIXELS, image.width // PIXELS * PIXELS)
-        height = whole("height", usual[0] if height is None else height)
-        width = whole("width", usual[1] if width is None else width)
+        height = whole("height", usual[0] if height is None else height, most=32_000)
+        width = whole("width", usual[1] if width is None else width, most=32_000)
         for name, side in (("height", height), ("width", width)):
             if side % PIXELS:
                 said = f"{name} is {side}; it must be a multiple of {PIXELS}, one token is {PIXELS}x{PIXELS} pixels"

@@ -12,7 +12,7 @@ from torch import nn
 from fluxlab.config import Variant, Variant2, described
 from fluxlab.config import variant as find_variant
 from fluxlab.glossary import Entry, autoencoder_entry, expand, named, table_of
-from fluxlab.inspect import capture
+from fluxlab.inspect.looker import Looker
 from fluxlab.inspect.names import nearest
 from fluxlab.model.attention import attention
 from fluxlab.model.autoencoder import AutoEncoder
@@ -93,7 +93,7 @@ def source_line(name: str, model: nn.Module) -> str:
     owner = max((path for path in ours if not path or name.startswith(f"{path}.")), key=len)
     rest = name[len(owner) :].lstrip(".")
     classes = (base for base in type(ours[owner]).__mro__ if base.__module__.startswith("fluxlab"))
-    places = (*classes, attention, capture._Looker)
+    places = (*classes, attention, Looker)
     point, attribute = re.escape(rest), re.escape(rest.split(".")[0])
     signature, seen = rf"^ +{point}: ", rf'see\("{point}"'
     for pattern in (seen, rf"self\.{attribute}\b[^=]* = ", signature, rf'"{point}"', r"see\(name"):

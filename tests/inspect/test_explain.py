@@ -41,7 +41,7 @@ def test_every_letter_of_a_shape_is_explained():
         ("vec", ["Time, guidance and CLIP", "[1, 3072]"]),
         ("img_ids", ["chapter 02", "[1, 4096, 3]", "transformer.py"]),
         ("gate", ["chapter 06"]),
-        ("clean", ["img - t * velocity", "capture.py"]),
+        ("clean", ["img - t * velocity", "looker.py"]),
     ],
 )
 def test_a_name_is_explained(name, said):

@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -15,10 +16,12 @@ from PIL import Image
 from typer import Argument, Option
 
 import fluxlab as fl
-from fluxlab.config import FLUX2
+from fluxlab.config import FLUX2, whole
 from fluxlab.course.gallery import gallery, relatives
 from fluxlab.files import at, replacing
 from fluxlab.onnx.export import GRAPHS, PARTS
+from fluxlab.pipeline.checks import as_batch, check_guidance, check_shown
+from fluxlab.pipeline.latents import as_side
 from fluxlab.speed.sharded import processes, rank
 from fluxlab.tiny.recipe import SMOKE, Recipe
 from fluxlab.tiny.train import train, train_member
@@ -45,7 +48,9 @@ def _command(function: Callable[..., None]) -> None:
     @functools.wraps(function)
     def run(**given: Any) -> None:
         try:
-            function(**{k: at(value) if isinstance(value, Path) else value for k, value in given.items()})
+            with warnings.catch_warnings():
+                vars(warnings)["showwarning"] = lambda said, *_: typer.secho(f"fluxlab: {said}", err=True, fg="yellow")
+                function(**{k: at(value) if isinstance(value, Path) else value for k, value in given.items()})
         except BrokenPipeError:  # whoever reads has seen enough
             raise
         except _EXPECTED as error:
@@ -105,11 +110,20 @@ def generate(
         raise ValueError("--device is meta, which has shapes and no numbers to paint with; take cpu, cuda or mps")
     options: Any = {"guidance": guidance, "width": width, "height": height, "strength": strength, "true_cfg": true_cfg}
     options |= {"seed": seed, "num_steps": steps, "negative_prompt": negative_prompt, "tiled": tiled}
+    as_batch(prompt, seed)
+    check_guidance(guidance, true_cfg, negative_prompt)
+    for name, side in (("height", height), ("width", width)):
+        if side is not None:
+            as_side(name, side)
+    whole("steps", 1 if steps is None else steps)
     with replacing(output) as temporary:
         shown: Any = {"mask": mask, "control": control}
         options |= {name: _opened(path) for name, path in shown.items() if path}
         images = [_opened(path) for path in image or ()]
         options |= {"image": images[0] if len(images) == 1 else images} if images else {}
+        if redux is None and not lora:  # which may change what it is shown
+            given = {name: options.get(name) for name in ("image", "mask", "control")}
+            check_shown(variant, fl.variant(variant).shown, given)
         loras, low = dict(map(_strength, lora or ())), low_memory or (False if processes() > 1 else None)
         if len(loras) < len(lora or ()):
             raise ValueError("--lora names a file twice; give each once")
@@ -204,6 +218,7 @@ def summary(
     width: Annotated[int | None, Option(help="Of the picture, in pixels.")] = None,
 ) -> None:
     """Print a model's layers, and where its parameters, operations and gigabytes are."""
+    whole("depth", depth, 0)
     tables = [fl.parameter_table(variant), fl.parameter_table(variant, by="kind")]
     tables += [fl.flops(variant, height, width), fl.memory(variant, height, width)]
     if variant not in FLUX2:  # whose tables alone are here

@@ -282,7 +282,7 @@ FLUX2 = {
 
 def described(name: str) -> Variant | Variant2:
     """The variant of that name, or one of FLUX.2, which can be built and counted; errors as ``variant``'s."""
-    return FLUX2[name] if str(name) in FLUX2 else variant(name)
+    return FLUX2[str(name)] if str(name) in FLUX2 else variant(name)
 
 
 def variant(name: str) -> Variant:
@@ -292,7 +292,7 @@ def variant(name: str) -> Variant:
         ConfigError: there is none; the message gives the nearest names.
     """
     if str(name) in VARIANTS:
-        return VARIANTS[name]
+        return VARIANTS[str(name)]
     if str(name) in FLUX2:
         raise ConfigError(f"of {name} the transformer alone is here: fl.build({name!r}, device='meta'), and the tables")
     near = difflib.get_close_matches(str(name), VARIANTS, n=3, cutoff=0.4)

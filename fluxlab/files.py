@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -50,9 +51,14 @@ class Tensors(Mapping):  # type: ignore[type-arg]  # of str to Tensor: said, a r
         read: Callable[[str], Tensor],
         metadata: Mapping[str, str] | None = None,
         mapped: bool = False,
+        kinds: Mapping[str, str] | None = None,
     ) -> None:
-        """``mapped``: whether what is read stays in the file, so that it takes no memory that cannot be given back."""
+        """``mapped``: whether what is read stays in the file, so that it takes no memory that cannot be given back.
+
+        ``kinds``: what the file holds of each, where that is another dtype than is read.
+        """
         self.path, self.entries, self.metadata, self.mapped = path, entries, dict(metadata or {}), mapped
+        self.kinds = {n: str(e.dtype).removeprefix("torch.") for n, e in entries.items()} | dict(kinds or {})
         self._read = read
 
     __eq__, __hash__ = object.__eq__, object.__hash__  # a comparison would read all
@@ -72,7 +78,8 @@ class Tensors(Mapping):  # type: ignore[type-arg]  # of str to Tensor: said, a r
     def renamed(self, names: Mapping[str, str]) -> Tensors:
         """The tensors that ``names`` lists, from each new name to its old one."""
         entries = {new: self.entries[old] for new, old in names.items()}
-        return Tensors(self.path, entries, lambda name: self[names[name]], self.metadata, self.mapped)
+        kinds = {new: self.kinds[old] for new, old in names.items()}
+        return Tensors(self.path, entries, lambda name: self[names[name]], self.metadata, self.mapped, kinds)
 
     def cast(self, dtype: torch.dtype | None) -> Tensors:
         """With the floating ones of a dtype; of None, as they are.
@@ -94,8 +101,9 @@ class Tensors(Mapping):  # type: ignore[type-arg]  # of str to Tensor: said, a r
                 return cast
             pieces = (each.reshape(-1).split(2**20) for each in (cast, tensor))  # a copy in float32 may be large
             for after, before in zip(*pieces, strict=True):
-                if after.float().isfinite().sum() != before.float().isfinite().sum():
-                    raise WeightsError(f"{self.path}: {name} has values that {dtype} cannot hold; take torch.bfloat16")
+                if after.double().isfinite().sum() != before.double().isfinite().sum():
+                    wider = torch.bfloat16 if dtype == torch.float16 else torch.float64
+                    raise WeightsError(f"{self.path}: {name} has values that {dtype} cannot hold; take {wider}")
             return cast
 
         return Tensors(self.path, entries, read, self.metadata, mapped)
@@ -129,12 +137,12 @@ class Checkpoint(Tensors):
 def _shards(path: Path) -> tuple[list[Path], Collection[str] | None]:
     """The files of a path: itself, those of an index, or in a folder the only ones; and the names that an index has."""
     if path.is_dir():
-        files = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+        files = sorted(filter(is_index, path.iterdir())) or sorted(path.glob("*.safetensors"))
         if len(files) != 1:
             said = f": {listed([file.name for file in files])}" if files else ""
             raise WeightsError(f"{path}: this folder has {len(files)} checkpoints{said}; give the path of one file")
         path = files[0]
-    if path.name.endswith(".index.json"):
+    if is_index(path):
         try:
             promised = read_json(path)["weight_map"]
             shards = {path.parent / file for file in promised.values()}
@@ -144,6 +152,11 @@ def _shards(path: Path) -> tuple[list[Path], Collection[str] | None]:
             raise WeightsError(f"{path}: names {len(absent)} files that are not there: {listed(absent)}; fetch them")
         return sorted(shards), promised
     return [path], None
+
+
+def is_index(path: Path) -> bool:
+    """Whether a file is named as an index of shards is, with or without a variant: ``….index.fp16.json``."""
+    return re.search(r"\.index(\.\w+)?\.json$", path.name) is not None
 
 
 def _open(path: Path) -> tuple[safe_open, dict[str, Tensor]]:
@@ -162,7 +175,10 @@ def _open(path: Path) -> tuple[safe_open, dict[str, Tensor]]:
 def _what_it_is(path: Path) -> str | None:
     """What a file is that is not what it should be, where it tells."""
     with path.open("rb") as opened:
-        start = opened.read(64).lstrip()
+        start = opened.read(64)
+    if start[4:9] == bytes(4) + b"{":  # safetensors begin with the length of a JSON object
+        return None
+    start = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     return next((said for magic, said in _OTHERS.items() if start.startswith(magic)), None)
 
 
@@ -200,14 +216,26 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
 
 
+def check_plain(name: str, tensor: object) -> None:
+    """
+    Raises:
+        WeightsError: it is no tensor that has plain values: not on the meta device, quantized, divided or sparse.
+    """
+    if not isinstance(tensor, Tensor) or type(tensor) not in (Tensor, torch.nn.Parameter):
+        said = f"{name} is a {type(tensor).__name__}, where a plain tensor was expected"
+        raise WeightsError(f"{said}; undo what made it so, as quantize or shard")
+    if tensor.is_meta or tensor.layout != torch.strided:
+        raise WeightsError(f"{name} is {'on the meta device' if tensor.is_meta else tensor.layout}: no values to write")
+
+
 def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors that are in memory as a safetensors file, whole or not at all.
 
     Raises:
-        WeightsError: a tensor is on the meta device, or there is no such folder.
+        WeightsError: a tensor has no values or no plain ones, or there is no such folder.
     """
-    if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
-        raise WeightsError(f"{empty[0]} is on the meta device and has no values to write")
+    for name, tensor in tensors.items():
+        check_plain(name, tensor)
     stream_tensors(tensors, ((name, tensor.detach().cpu()) for name, tensor in tensors.items()), path, metadata)
 
 

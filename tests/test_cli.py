@@ -1,5 +1,7 @@
 """The command, as it is typed."""
 
+import warnings
+
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -193,3 +195,33 @@ def test_pictures_that_cannot_be_taken_are_a_sentence_before_any_work(tmp_path):
         assert result.exit_code == 2
         assert message in result.output
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--width", "100"], "width is 100; it must be a multiple of 16"),
+        (["--steps", "0"], "steps is 0"),
+        (["--guidance", "nan"], "guidance is nan"),
+        (["--negative-prompt", "b"], "negative_prompt has no effect while true_cfg is 1"),
+        (["--variant", "flux-tiny-fill-dev"], "image is missing: flux-tiny-fill-dev is shown image and mask"),
+    ],
+)
+def test_what_is_wrong_is_said_before_weights_are_read(monkeypatch, tmp_path, options, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fluxlab.pipeline.load.fill", lambda *_: pytest.fail("weights were read"))
+    result = CliRunner().invoke(app, ["generate", "a", *options])
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_warning_is_one_line_of_the_command(tmp_path):
+    with warnings.catch_warnings(action="default"):
+        said = run("generate", "a " * 60, "--steps", 1, "--output", tmp_path / "x.png").stderr
+    assert "fluxlab: prompt 'a a" in said
+    assert "site-packages" not in said
+
+
+def test_no_depth_is_below_zero():
+    assert "depth is -1" in CliRunner().invoke(app, ["summary", "--depth", "-1"]).stderr

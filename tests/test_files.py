@@ -475,3 +475,38 @@ def test_the_variable_names_a_folder_and_never_a_hub(tmp_path, monkeypatch):
     monkeypatch.setenv("FLUXLAB_WEIGHTS", "models/flux")
     with pytest.raises(fl.WeightsError, match="neither a file or folder that exists"):
         find_files(fl.VARIANTS["flux-dev"])
+
+
+def test_a_torn_file_whose_length_looks_like_a_pickle_is_called_torn(tmp_path):
+    for extra in range(128):
+        write_tensors({"w" * (8 + extra): torch.zeros(40)}, tmp_path / "x.safetensors")
+        whole = (tmp_path / "x.safetensors").read_bytes()
+        (tmp_path / "x.safetensors").write_bytes(whole[:-20])
+        with pytest.raises(fl.WeightsError, match="not a whole safetensors file"):
+            Checkpoint(tmp_path / "x.safetensors")
+
+
+def test_shards_of_a_variant_are_found_by_their_index(tmp_path):
+    """diffusers and transformers write ``variant="fp16"`` between the two endings."""
+    names = [f"model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for i, name in enumerate(names):
+        write_tensors({f"w{i}": torch.ones(2)}, tmp_path / name)
+    index = {"weight_map": {f"w{i}": name for i, name in enumerate(names)}}
+    (tmp_path / "model.safetensors.index.fp16.json").write_text(json.dumps(index))
+    for path in (tmp_path, tmp_path / "model.safetensors.index.fp16.json"):
+        assert sorted(Checkpoint(path)) == ["w0", "w1"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_float64_holds_and_the_dtype_does_not_is_refused(tmp_path, dtype):
+    write_tensors({"a": torch.tensor([1e300, 1.0], dtype=torch.float64)}, tmp_path / "x.safetensors")
+    with pytest.raises(fl.WeightsError, match=f"a has values that {dtype} cannot hold"):
+        Checkpoint(tmp_path / "x.safetensors").cast(dtype)["a"]
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_what_has_no_plain_values_is_not_written(tmp_path):
+    for odd in (torch.eye(2).to_sparse(), np.eye(2), torch.eye(2, device="meta")):
+        with pytest.raises(fl.WeightsError, match=r"a is (a ndarray|torch.sparse_coo|on the meta device)"):
+            write_tensors({"a": odd}, tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())

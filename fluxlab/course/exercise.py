@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from hashlib import sha256
-from itertools import islice, product
-from math import floor, log10
+from itertools import product
+from math import floor, log10, prod
 from typing import Any
 
 
@@ -37,8 +37,9 @@ def _forms(answer: Any) -> Iterator[str]:
     if isinstance(answer, (bool, str)):
         yield str(answer).strip().lower()
     elif hasattr(answer, "__len__"):
-        forms = [list(_forms(each)) for each in answer]
-        yield from islice(map(" ".join, product(*forms)), 10**5)
+        forms = [list(_forms(each)) for each in _flat(answer)]
+        few = prod(map(len, forms)) <= 10**5  # else no neighbours of any
+        yield from map(" ".join, product(*(each if few else each[:1] for each in forms)))
     else:
         value = float(answer)
         if abs(value - round(value)) <= 1e-6 * min(1, abs(value)):  # a count, say: its neighbours are wrong
@@ -46,6 +47,12 @@ def _forms(answer: Any) -> Iterator[str]:
         else:
             unit = 10.0 ** (floor(log10(abs(value))) - 2)
             yield from (f"{value + n * unit:.2e}" for n in (0, -1, 1))
+
+
+def _flat(answer: Any) -> Iterator[Any]:
+    for each in answer:
+        each = each.tolist() if hasattr(each, "tolist") else each
+        yield from _flat(each) if hasattr(each, "__len__") and not isinstance(each, str) else [each]
 
 
 def _hashed(form: str) -> str:

@@ -6,7 +6,7 @@ Axes: batch B, heads H, tokens L, head width D, channels C.
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from numbers import Integral
+from numbers import Integral, Real
 from threading import Lock, get_ident
 from typing import Any
 
@@ -47,7 +47,8 @@ def capture(
         model: a ``Flux``, one of its blocks, or any module, compiled or not; of others, the layers' outputs have names.
         names: a name, a pattern such as ``"double_blocks.*.img.output"``, a list of them, or a function of a name.
             Attention weights (``"double_blocks.7.attention"``) are computed only where the pattern has that word.
-            Of a tensor that ``patch`` changes, a capture inside its block keeps the new one, one around it the old.
+            Of a tensor that ``patch`` changes, a capture inside its block keeps the new one, one around it the old; of
+            a layer that runs several times in one forward, the last is kept.
         heads: of the attention weights, these heads alone.
         queries: of the attention weights, these rows alone: a slice of tokens, ``"text"`` or ``"image"``.
         keys: likewise the columns.
@@ -58,13 +59,16 @@ def capture(
         limit: GiB that the tape may hold.
 
     Raises:
-        ValueError: a name picks nothing; heads or tokens that the model does not have, or of no attention; a dtype that
-            holds no fractions; a tensor made outside the model's forward; at the end of the block, a model that did not
-            run in it, a forward that was asked for and not run, or a name that no forward made.
+        ValueError: a name picks nothing; ``limit`` is no number above 0; heads or tokens that the model does not have,
+            or of no attention; a dtype that holds no fractions; a tensor made outside the model's forward; at the end
+            of the block, a model that did not run in it, a forward that was asked for and not run, or a name that no
+            forward made.
         MemoryError: the tape would grow above the limit.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype is {dtype!r}; give a floating dtype of torch, such as torch.float16")
+    if not (isinstance(limit, Real) and limit > 0):
+        raise ValueError(f"limit is {limit!r}; give the GiB that the tape may hold, such as 4")
     heads, forwards = _counted("heads", heads), _counted("forwards", forwards)
     tape = Tape()
     tape.from_text = keys in (None, "text") or (isinstance(keys, slice) and not keys.start and keys.step in (None, 1))
@@ -152,7 +156,7 @@ def patch(model: nn.Module, name: Names, change: Change) -> Iterator[None]:
     """
 
     def apply(name: str, tensor: Tensor) -> Tensor:
-        changed = change(tensor)
+        changed = change(tensor.clone())  # which may write into it
         got = (tuple(changed.shape), changed.dtype, changed.device) if isinstance(changed, Tensor) else type(changed)
         if got != (expected := (tuple(tensor.shape), tensor.dtype, tensor.device)):
             raise ValueError(f"the change of {name} gave {got}; give back a tensor like the one it took, {expected}")
@@ -231,7 +235,7 @@ def _watching(
     observer = Looker(points, taken, tape, [*modules.values()], changes)
     observers.set((*observers.get(), observer))
     try:
-        with _eagerly():
+        with eagerly():
             yield chosen
     finally:
         observers.set(tuple(each for each in observers.get() if each is not observer))
@@ -253,7 +257,7 @@ _lock = Lock()
 
 
 @contextmanager
-def _eagerly() -> Iterator[None]:
+def eagerly() -> Iterator[None]:
     """Nothing runs compiled meanwhile. Blocks may overlap: the last to end puts back what the first found."""
     with _lock:
         _blocks.append(_blocks[0] if _blocks else ExitStack())

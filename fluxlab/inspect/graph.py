@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxlab.extras import importing
+from fluxlab.inspect.capture import eagerly
 from fluxlab.inspect.diagram import Diagram
 from fluxlab.inspect.names import unwrapped
 from fluxlab.pipeline.inputs import FluxInputs
@@ -35,12 +36,13 @@ def graph(module: nn.Module, inputs: FluxInputs | Mapping[str, Tensor] | Tensor)
         import pygraphviz  # noqa: F401
         from torchviz import make_dot
 
-    parameters = dict(unwrapped(module)[""].named_parameters())
+    module = unwrapped(module)[""]
+    parameters = dict(module.named_parameters())
     if any(p.device.type == "meta" for p in parameters.values()):
         raise ValueError("module is on the meta device, where autograd records names of nothing; build it on the cpu")
     if not any(p.requires_grad for p in parameters.values()):
         raise ValueError("module needs no gradient, so autograd records nothing; call module.requires_grad_(True)")
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), eagerly():
         if isinstance(inputs, Tensor):
             output = module(inputs)
         else:

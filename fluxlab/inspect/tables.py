@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fluxlab.config import Variant, Variant2, described, whole
 from fluxlab.extras import importing
 from fluxlab.glossary import Config, named, table_of
+from fluxlab.inspect.capture import eagerly
 from fluxlab.inspect.names import unwrapped
 from fluxlab.inspect.table import Table
 from fluxlab.model.autoencoder import AutoEncoder
@@ -55,16 +56,19 @@ def summary(
         usual = {each: torch.empty(shape, device="meta") for each, shape in shapes.items()}
         inputs = usual if inputs is None else inputs
         model = cast(nn.Module, build(model, device="meta"))
-    unwrapped(model)
+    model = unwrapped(model)[""]
     if inputs is None:
         raise ValueError("inputs is None; give what the module is called with: FluxInputs, a dict or a tensor")
-    if "stop_streaming" in vars(model):
+    if any("stop_streaming" in vars(module) for module in model.modules()):
         raise ValueError("model keeps its weights in their file; for its layers give the variant's name")
     given = inputs.kwargs() if isinstance(inputs, FluxInputs) else inputs
     device = next((p.device for p in model.parameters()), None)
     modes = {module: module.training for module in model.modules()}
     try:
-        found = torchinfo.summary(model, input_data=given, device=device, depth=depth, verbose=0)
+        with eagerly():
+            found = torchinfo.summary(model, input_data=given, device=device, depth=depth, verbose=0)
+    except RuntimeError as error:  # which says no more than that it failed
+        raise error.__cause__ or error from error.__cause__
     finally:
         for module, training in modes.items():
             module.training = training
@@ -130,6 +134,8 @@ def flops(
 
     Linears cost ``2 * tokens * in * out``, attention ``4 * L^2 * C`` a block; norms, RoPE and the other elementwise
     work are left out, as is usual.
+
+    The tokens of Kontext's reference are left out: they are counted where ``height`` is twice the picture's.
 
     Args:
         name: of the variant.

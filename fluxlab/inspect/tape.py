@@ -74,8 +74,17 @@ class Tape(Mapping[str, Tensor]):
         return found
 
     def stack(self, name: str) -> Tensor:
-        """A tensor of every captured forward, on a new first axis, in the order of the run."""
-        return torch.stack(list(self._runs(name).values()))
+        """A tensor of every captured forward, on a new first axis, in the order of the run.
+
+        Raises:
+            KeyError: it was not captured.
+            ValueError: it has not the same shape in all of them.
+        """
+        found = list(self._runs(name).values())
+        if shapes := {tuple(each.shape) for each in found[1:]} - {tuple(found[0].shape)}:
+            said = f"{name} is {tuple(found[0].shape)} in one forward and {shapes.pop()} in another"
+            raise ValueError(f"{said}; look at them one by one, with tape.forward(i)[{name!r}]")
+        return torch.stack(found)
 
     def _runs(self, name: str) -> dict[int, Tensor]:
         if name not in self._kept:

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fluxlab.inspect.capture import eagerly
+from fluxlab.inspect.names import unwrapped
+
 
 def working_memory(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     """Bytes of the tensors that are alive at the worst moment of one call, weights and inputs left out.
@@ -20,8 +23,16 @@ def working_memory(module: nn.Module, *args: Any, **kwargs: Any) -> int:
         module: any module; on the meta device nothing is computed.
         *args: what it is called with.
         **kwargs: likewise.
+
+    Raises:
+        ValueError: it is no module.
     """
-    with torch.no_grad(), _Alive([*module.parameters(), *module.buffers(), *_tensors((args, kwargs))]) as alive:
+    module = unwrapped(module)[""]
+    with (
+        torch.no_grad(),
+        eagerly(),
+        _Alive([*module.parameters(), *module.buffers(), *_tensors((args, kwargs))]) as alive,
+    ):
         module(*args, **kwargs)
     return alive.peak
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fluxlab.config import Variant, variant, whole
 from fluxlab.extras import importing, quiet
-from fluxlab.files import Tensors, at, describe_difference, replacing
+from fluxlab.files import Tensors, at, check_plain, describe_difference, replacing
 from fluxlab.weights.find import Files, find_files
 from fluxlab.weights.load import autoencoder_config, empty_encoder, load_weights, opened
 
@@ -109,20 +109,25 @@ def export_onnx(
         raise ValueError(f"weights is a {type(weights).__name__}; give True, False, or tensors by their names")
     if source is not None and weights is not True:
         raise ValueError("source says where weights are, and none are read from it; ask for weights=True")
-    files = None
+    if part in ("t5", "clip"):
+        return _write_text_encoder(chosen, part, find_files(chosen, source), _TORCH[dtype], opset, target)
+    file = None
     if weights is True or (chosen.embedded and part in ("encoder", "decoder")):  # their file tells scale and shift
-        files = find_files(chosen, source)
-    if files and part in ("t5", "clip"):
-        return _write_text_encoder(chosen, part, files, _TORCH[dtype], opset, target)
-    model = _structure(chosen, part, files, dtype, opset)
+        of = "autoencoder" if part in ("encoder", "decoder") else "transformer"
+        alone = source is not None and at(source).is_file()
+        file = at(source or "") if alone else getattr(find_files(chosen, source), of)
+    model = _structure(chosen, part, file, dtype, opset)
+    if quantize and (size := 4 * sum(math.prod(tensor.dims) for tensor in model.graph.initializer)) >= 2e9:
+        said = f"the {part} of {name} has {size / 1e9:.0f} GB of numbers, where onnxruntime's quantizer takes 2"
+        raise ValueError(f"quantize is {quantize!r}, and {said}; leave it out")
     tensors: Mapping[str, Tensor] | None = None
     if not isinstance(weights, bool):
         if part in ("encoder", "decoder") and not any(name.startswith(f"{part}.") for name in weights):
             weights = {f"{part}.{name}": tensor for name, tensor in weights.items()}
         _check(weights, model)
         tensors = weights
-    elif weights and files:
-        tensors = _read(chosen, part, files)
+    elif weights and file:
+        tensors = _read(chosen, part, file)
     if flat:
         with importing():
             from onnx import inliner
@@ -130,7 +135,9 @@ def export_onnx(
             from fluxlab.onnx.shapes import annotate
         turned = _unturned(model := inliner.inline_local_functions(model))
         annotate(model)
-        tensors = tensors and {name: tensor.T if name in turned else tensor for name, tensor in tensors.items()}
+        if (as_is := tensors) is not None:
+            entries = dict.fromkeys(as_is, torch.empty(0, device="meta"))
+            tensors = Tensors(target, entries, lambda name: as_is[name].T if name in turned else as_is[name])
     if quantize is None:
         return _write(model, tensors, _TORCH[dtype], target)
     with importing():
@@ -144,7 +151,7 @@ def export_onnx(
     return None
 
 
-def _structure(chosen: Variant, part: Part, files: Files | None, dtype: str, opset: int) -> Any:
+def _structure(chosen: Variant, part: Part, file: Path | None, dtype: str, opset: int) -> Any:
     with importing():
         from onnx import TensorProto
 
@@ -155,18 +162,17 @@ def _structure(chosen: Variant, part: Part, files: Files | None, dtype: str, ops
 
     writer = Writer(opset, TensorProto.DataType.Value({"float32": "FLOAT"}.get(dtype, dtype.upper())))
     if part in ("encoder", "decoder"):
-        config = autoencoder_config(chosen, files.autoencoder) if files else chosen.autoencoder
+        config = autoencoder_config(chosen, file) if file else chosen.autoencoder
         return annotate(autoencoder_graph(writer, config, part, chosen.name))
     if part == "transformer":
         return annotate(transformer_graph(writer, chosen.transformer, chosen.name, chosen.shown == "reference"))
     return annotate(block_graph(writer, chosen.transformer, part, chosen.name))
 
 
-def _read(chosen: Variant, part: Part, files: Files) -> Tensors:
+def _read(chosen: Variant, part: Part, file: Path) -> Tensors:
     """The weights of a part, by their names in the graph."""
     vae = part in ("encoder", "decoder")
-    path, config = (files.autoencoder, chosen.autoencoder) if vae else (files.transformer, chosen.transformer)
-    tensors = opened(path, config, "official", narrow=True)
+    tensors = opened(file, chosen.autoencoder if vae else chosen.transformer, "official", narrow=True)
     head = f"{part}." if vae else "" if part == "transformer" else f"{part}s.0."
     return tensors.renamed({n if vae else n.removeprefix(head): n for n in tensors if n.startswith(head)})
 
@@ -190,8 +196,9 @@ def _check(weights: Mapping[str, Tensor], model: Any) -> None:
     if problems := describe_difference(wanted, weights):
         raise ValueError(f"weights do not fit the part: {problems}")
     for name, shape in wanted.items():
-        if not isinstance(weights[name], Tensor) or weights[name].is_meta:
-            raise ValueError(f"weights: {name} is no tensor that has numbers")
+        check_plain(f"weights: {name}", weights[name])
+        if not weights[name].is_floating_point():
+            raise ValueError(f"weights: {name} is {weights[name].dtype}, where floating was expected")
         if (found := tuple(weights[name].shape)) != shape:
             raise ValueError(f"weights: {name} has shape {found}, and the part takes {shape}")
 

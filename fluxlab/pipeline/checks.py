@@ -1,5 +1,6 @@
 """What this room refuses, and how it warns."""
 
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,30 @@ def as_list(name: str, value: Any) -> list[Any]:
     if not values:
         raise ValueError(f"{name} is an empty list; give at least one")
     return values
+
+
+def as_texts(name: str, value: Any) -> list[str]:
+    """
+    Raises:
+        ValueError: one of them is not text, or there is none.
+    """
+    texts = as_list(name, value)
+    if wrong := [each for each in texts if not isinstance(each, str) or re.search("[\ud800-\udfff]", each)]:
+        raise ValueError(f"{name} is {wrong[0]!r}; give text")
+    return texts
+
+
+def check_place(device: Any, dtype: torch.dtype | None) -> None:
+    """
+    Raises:
+        ValueError: no such device here, or no floating dtype of two bytes and more.
+    """
+    try:
+        torch.empty(0, device=torch.device(device))
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device is {str(device)!r}, which cannot be used here ({error})") from error
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise ValueError(f"dtype is {dtype!r}; give a floating dtype of torch, such as torch.bfloat16")
 
 
 def finite(tensor: Tensor, what: str) -> Tensor:
@@ -90,7 +115,7 @@ def as_batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[li
     Raises:
         ValueError: they are several of both, and not as many; or something else.
     """
-    prompts, seeds = as_list("prompt", prompt), [whole("seed", each, -(2**63)) for each in as_list("seed", seed)]
+    prompts, seeds = as_texts("prompt", prompt), [whole("seed", each, -(2**63)) for each in as_list("seed", seed)]
     if len(prompts) == 1:
         prompts *= len(seeds)
     if len(seeds) == 1:
@@ -113,6 +138,7 @@ def check_guidance(guidance: float | None, true_cfg: float, negative_prompt: str
         raise ValueError("negative_prompt has no effect while true_cfg is 1; give a true_cfg above 1, such as 3")
     if negative_prompt is not None and not isinstance(negative_prompt, str):
         raise ValueError(f"negative_prompt is {negative_prompt!r}; give one string, which serves every picture")
+    as_texts("negative_prompt", negative_prompt or "")
 
 
 def first_step(

@@ -5,6 +5,7 @@ stands for 16x16 pixels.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -26,6 +27,19 @@ def grid(height: int, width: int) -> tuple[int, int]:
         ValueError: a side is not a whole number of at least 1.
     """
     return -(-whole("height", height) // PIXELS), -(-whole("width", width) // PIXELS)
+
+
+def as_side(name: str, value: Any) -> int:
+    """Of a picture to paint, in pixels; ``name`` says in the error whose argument it is.
+
+    Raises:
+        ValueError: it is not a whole number of tokens, or above 32,000.
+    """
+    side = whole(name, value, most=32_000)
+    if side % PIXELS:
+        said = f"{name} is {side}; it must be a multiple of {PIXELS}, one token is {PIXELS}x{PIXELS} pixels"
+        raise ValueError(f"{said}: try {max(PIXELS, round(side / PIXELS) * PIXELS)}")
+    return side
 
 
 def noise(

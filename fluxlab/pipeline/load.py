@@ -9,11 +9,13 @@ import torch
 from fluxlab.config import variant
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
+from fluxlab.pipeline.checks import check_place
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.pipeline.redux import Redux
 from fluxlab.pipeline.text import TextEncoders, tokenizer
 from fluxlab.weights.find import find_files
 from fluxlab.weights.load import autoencoder_config, empty_encoder, fill, fit, weights_of
+from fluxlab.weights.lora import Lora
 
 
 def load(
@@ -49,12 +51,7 @@ def load(
         WeightsError: files are missing, or hold another model.
     """
     chosen = variant(name)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device is {str(device)!r}, which cannot be used here ({error})") from error
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
-        raise ValueError(f"dtype is {dtype!r}; give a floating dtype of torch, such as torch.bfloat16")
+    check_place(device, dtype)
     if redux is not None and chosen.shown != "nothing":
         raise ValueError(f"redux is given, and image= of {name} means something else; give it to dev, Krea or schnell")
     found = find_files(chosen, source, **files)
@@ -66,11 +63,13 @@ def load(
     parts: list[torch.nn.Module] = [model, autoencoder, t5, clip]
     paths = found.transformer, found.autoencoder, found.t5, found.clip
     tensors = [weights_of(part, path, dtype) for part, path in zip(parts, paths, strict=True)]
+    if lora:
+        Lora({"transformer": model, "clip": clip, "t5": t5}, lora).undo()  # what does not fit is refused before work
+    teller = Redux.load(redux, device, dtype, chosen.transformer.context_in_dim) if redux is not None else None
     low_memory = not fit(tensors, device) if low_memory is None else low_memory
     for part, own in zip(parts, tensors, strict=True):
         fill(part, own, device, low_memory)
     text = TextEncoders(t5, words[0], chosen.t5_length, clip, words[1], chosen.clip_length, device)
-    pipe = Pipeline(chosen, model, autoencoder, text, device, dtype, files=found)
+    pipe = Pipeline(chosen, model, autoencoder, text, device, dtype, redux=teller, files=found)
     pipe.lora = pipe.add_lora(lora) if lora else None
-    pipe.redux = Redux.load(redux, device, dtype, chosen.transformer.context_in_dim) if redux else None
     return pipe

@@ -39,7 +39,7 @@ def turned(image: Image.Image, name: str) -> Image.Image:
     """A picture turned as its EXIF data say; ``name`` says in the error whose argument it is.
 
     Raises:
-        ValueError: it is no PIL image, is empty, or has more than 8 bits a channel.
+        ValueError: it is no PIL image, is empty, has more than 8 bits a channel, or cannot be read to its end.
     """
     if not isinstance(image, Image.Image):
         raise ValueError(f"{name} is a {type(image).__name__}; give a PIL image: Image.open(path), or fromarray")
@@ -48,17 +48,28 @@ def turned(image: Image.Image, name: str) -> Image.Image:
     if not all(image.size):
         raise ValueError(f"{name} is {image.width} x {image.height} pixels, so there is nothing to see; give another")
     try:
+        image.load()
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{name} cannot be read ({error}); open it again, or fetch it again") from error
+    try:
         return ImageOps.exif_transpose(image)
     except SyntaxError:  # EXIF data that cannot be read: viewers show the picture as it is
         return image
 
 
-def as_seen(image: Image.Image, name: str = "image") -> Image.Image:
-    """A picture in RGB as a viewer shows it: turned as its EXIF data say, and laid on white where it is transparent."""
+def as_seen(image: Image.Image, name: str = "image", ground: str = "white") -> Image.Image:
+    """A picture in RGB as a viewer shows it: turned as its EXIF data say, and laid on white where it is transparent.
+
+    Raises:
+        ValueError: as ``turned``, or PIL cannot bring its mode to RGB.
+    """
     image = turned(image, name)
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+    try:
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image.convert("RGBA"))
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"{name} has mode {image.mode!r} ({error}); bring it to RGB first") from error
 
 
 def as_pixels(image: Image.Image, height: int, width: int, name: str = "image") -> Float[Tensor, "1 rgb height width"]:
@@ -72,11 +83,8 @@ def stretched(image: Image.Image, height: int, width: int, name: str = "image") 
     The published pipelines resize so too.
     """
     if not 1 / 1.05 <= width / height * image.height / image.width <= 1.05:
-        said = (
-            f"{name} is {image.width} x {image.height} pixels (width x height) and is stretched to {width} x {height}"
-        )
-        hint = f"to avoid it, crop the {name}, or give a height and a width of nearly its ratio"
-        warn(f"{said}, another ratio; {hint}")
+        said = f"{name} is {image.width} x {image.height} pixels (width x height)"
+        warn(f"{said} and is stretched to {width} x {height}, another ratio; to avoid it, crop the {name} to that")
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
@@ -89,7 +97,7 @@ def made_by(given: Mapping[str, Any]) -> dict[str, str]:
     info |= {"sampler": "Euler", "version": f"fluxlab {VERSION}"}
     names = {"steps": "Steps", "sampler": "Sampler", "true_cfg": "CFG scale", "guidance": "Distilled CFG Scale"}
     names |= {"seed": "Seed", "size": "Size", "strength": "Denoising strength", "variant": "Model"}
-    names |= {"version": "Version"}
+    names |= {"lora": "LoRA", "speed": "Speed", "tiled": "Tiled VAE", "version": "Version"}
     lines = [info["prompt"]]
     if "negative_prompt" in info:
         lines.append(f"Negative prompt: {info['negative_prompt']}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,19 @@ from torch import Tensor
 from fluxlab.config import Variant, whole
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
-from fluxlab.pipeline.checks import as_batch, as_list, as_weights, check_guidance, check_shown, first_step, starts_from
+from fluxlab.pipeline.checks import (
+    as_batch,
+    as_list,
+    as_weights,
+    check_guidance,
+    check_place,
+    check_shown,
+    first_step,
+    starts_from,
+)
 from fluxlab.pipeline.control import depth, edges
 from fluxlab.pipeline.inputs import FluxInputs, first_inputs
-from fluxlab.pipeline.latents import PIXELS, grid, noise, pack, unpack
+from fluxlab.pipeline.latents import COMPRESSION, PIXELS, as_side, grid, noise, pack, unpack
 from fluxlab.pipeline.pictures import Picture, as_pictures, as_pixels, as_seen, made_by, stretched
 from fluxlab.pipeline.redux import Redux
 from fluxlab.pipeline.sampling import Step, denoise
@@ -46,6 +56,7 @@ class Pipeline:
     lora: Lora | None = None  # that it was loaded with
     redux: Redux | None = None  # tells it pictures as text
     files: Files | None = None  # that it was loaded from
+    loras: list[Lora] = field(default_factory=list)  # what add_lora put on
     speedups: list[Any] = field(default_factory=list)  # what fluxlab.speed put on, in that order
 
     @torch.no_grad()
@@ -100,13 +111,15 @@ class Pipeline:
         Returns:
             A picture for a prompt and a seed, a list for a list of either. Its ``info`` says how it was made, and so
             does a PNG file of it: prompt, negative_prompt, seed, steps, sampler, guidance, true_cfg, strength, size,
-            variant, version, ``speed`` for what is on of ``fl.speed``, and all of them in ``parameters``.
+            variant, ``lora``, ``speed`` for what is on of ``fl.speed``, tiled, version, and ``parameters`` for all.
 
         Raises:
             ValueError: an argument is out of its range, or has no meaning for this model; or what a part of the
                 model gives is not finite, as where float16 overflows.
         """
         prompts, seeds = as_batch(prompt, seed)
+        if torch.device(self.device).type == "meta":
+            raise ValueError("this pipeline is on meta, which has shapes and no numbers to paint with; load it on cpu")
         given = {"image": image, "mask": mask, "control": control}
         check_shown(self.variant.name, self._kind, given)
         images = [] if image is None else [as_seen(each) for each in as_list("image", image)]
@@ -117,9 +130,13 @@ class Pipeline:
         weights = as_weights(strength, len(images)) if self.redux else None
         start, strength = first_step(num_steps, begun, None if weights else strength, shown=bool(images))
         check_guidance(guidance, true_cfg, negative_prompt)
+        guidance = self._guidance(guidance)
         times = schedule(num_steps, math.prod(grid(height, width)), shift=self.variant.time_shift)
         pixels = None if begun is None else as_pixels(begun, height, width)
         hole = None if mask is None else as_mask(mask, height, width)
+        if begun is not None and hole is not None and not hole[..., ::COMPRESSION, ::COMPRESSION].any():
+            said = "mask is white between the latent's cells alone, which are 8 x 8 pixels, so nothing would be painted"
+            raise ValueError(f"{said}; make its white larger")
         shown = self._shown(images, hole, control, weights, height, width, tiled)
         inputs = self.prepare(prompts, seeds, height, width, guidance)
         away = [negative_prompt or ""] * len(prompts)
@@ -140,9 +157,11 @@ class Pipeline:
 
         tokens = denoise(self.model, inputs, times, negative, true_cfg, watch, progress, shown)
         pictures = self.decode(tokens, height, width, tiled)
-        used: dict[str, Any] = {"steps": num_steps, "guidance": self._guidance(guidance), "true_cfg": true_cfg}
+        used: dict[str, Any] = {"steps": num_steps, "guidance": guidance, "true_cfg": true_cfg, "tiled": tiled or None}
         used |= {"speed": "; ".join(map(str, self.speedups)) or None, "negative_prompt": negative_prompt}
         used |= {"strength": weights or strength, "size": f"{width}x{height}", "variant": self.variant.name}
+        on = [each for lora in self.loras if lora.on for each in lora.strengths.items()]
+        used["lora"] = "; ".join(f"{Path(file).name} at {by:g}" for file, by in on) or None
         for picture, text, number in zip(pictures, prompts, seeds, strict=True):
             picture.info.update(made_by({"prompt": text, "seed": number} | used))
         single = isinstance(prompt, str) and np.ndim(seed) == 0 and len(pictures) == 1
@@ -223,17 +242,19 @@ class Pipeline:
             WeightsError: a file cannot be read, or does not fit the model; nothing is changed then.
             ValueError: a strength is no finite number.
         """
-        return Lora({"transformer": self.model, "clip": self.text.clip, "t5": self.text.t5}, files)
+        self.loras.append(Lora({"transformer": self.model, "clip": self.text.clip, "t5": self.text.t5}, files))
+        return self.loras[-1]
 
     def to(self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Pipeline:
         """Move and cast every part, in place, with the arguments of a module's ``to``.
 
         Raises:
-            ValueError: weights stay in their file, as with ``low_memory`` or a released modulation; or they have no
-                numbers to move.
+            ValueError: no such device here, or no floating dtype; weights stay in their file, as with ``low_memory`` or
+                a released modulation; or they have no numbers to move.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
+        check_place(self.device if device is None else device, dtype)
         parts: list[torch.nn.Module] = [self.model, self.autoencoder, self.text.t5, self.text.clip]
         parts += [] if self.redux is None else [self.redux]
         moved = str(self.device) != "meta" or device not in (None, "meta", torch.device("meta"))
@@ -267,10 +288,7 @@ class Pipeline:
             usual = preferred_size(image, self.variant.size)
         elif image is not None:
             usual = max(PIXELS, image.height // PIXELS * PIXELS), max(PIXELS, image.width // PIXELS * PIXELS)
-        height = whole("height", usual[0] if height is None else height, most=32_000)
-        width = whole("width", usual[1] if width is None else width, most=32_000)
-        for name, side in (("height", height), ("width", width)):
-            if side % PIXELS:
-                said = f"{name} is {side}; it must be a multiple of {PIXELS}, one token is {PIXELS}x{PIXELS} pixels"
-                raise ValueError(f"{said}: try {max(PIXELS, round(side / PIXELS) * PIXELS)}")
-        return height, width
+        return (
+            as_side("height", usual[0] if height is None else height),
+            as_side("width", usual[1] if width is None else width),
+        )

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fluxlab.pipeline.checks import as_list, finite
+from fluxlab.pipeline.checks import as_list, check_guidance, finite
 from fluxlab.pipeline.inputs import FluxInputs
 from fluxlab.pipeline.shown import Shown
 
@@ -64,6 +64,8 @@ def denoise(
     Source: "Flow Straight and Fast", Liu et al. 2022; "Classifier-Free Diffusion Guidance", Ho and Salimans 2022.
     """
     times = _checked(times)
+    check_guidance(None, true_cfg, None)
+    true_cfg = float(true_cfg)
     if true_cfg != 1 and negative is None:
         raise ValueError(f"true_cfg is {true_cfg}, but there is no negative prompt's inputs to lead away from")
     negative = None if true_cfg == 1 else negative

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fluxlab.pipeline.inputs import FluxInputs
 from fluxlab.pipeline.latents import COMPRESSION, PIXELS, ids_device, image_ids, pack, text_ids
-from fluxlab.pipeline.pictures import turned
+from fluxlab.pipeline.pictures import as_seen, stretched
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,10 @@ class Shown:
         return cls(text=(each * tokens).sum(0, keepdim=True), weight=float(sum(weights)))
 
     def around(self, latent: Tensor, mask: Float[Tensor, "one 1 height width"], noise: Tensor) -> "Shown":
-        """The same, and outside of the mask the picture itself, put back at every step: holes without Fill."""
+        """The same, and outside of the mask the picture itself, put back at every step: holes without Fill.
+
+        A latent cell is painted as the first of its 8x8 pixels says, as in diffusers.
+        """
         cells = mask[..., ::COMPRESSION, ::COMPRESSION].expand_as(latent)
         return replace(self, kept=pack(latent), painted=pack(cells), noise=noise)
 
@@ -103,12 +106,12 @@ class Shown:
 
 
 def as_mask(mask: Image.Image, height: int, width: int) -> Float[Tensor, "1 1 height width"]:
-    """A gray picture as 0, to keep, and 1, to paint, from its middle on; resized without regard to its ratio.
+    """A gray picture as 0, to keep, and 1, to paint, from its middle on, ``stretched``; what is transparent is kept.
 
     Raises:
         ValueError: it is no PIL image of 8 bits a channel, or all of it is to be kept.
     """
-    gray = turned(mask, "mask").convert("L").resize((width, height), Image.Resampling.LANCZOS)
+    gray = stretched(as_seen(mask, "mask", "black").convert("L"), height, width, "mask")
     painted = torch.frombuffer(bytearray(gray.tobytes()), dtype=torch.uint8).reshape(1, 1, height, width) >= 128
     if not painted.any():
         raise ValueError("mask is black everywhere, so nothing would be painted; make it white where there is to be")

@@ -7,7 +7,6 @@ and no attention mask is used, so padding takes part, as it did when FLUX was tr
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from fluxlab.config import Variant
 from fluxlab.extras import importing
 from fluxlab.files import WeightsError
-from fluxlab.pipeline.checks import as_list, finite, warn
+from fluxlab.pipeline.checks import as_texts, finite, warn
 from fluxlab.weights.load import empty_encoder
 
 if TYPE_CHECKING:
@@ -53,9 +52,7 @@ class TextEncoders:
         Raises:
             ValueError: a prompt is not text.
         """
-        prompts = as_list("prompt", prompts)
-        if wrong := [each for each in prompts if not isinstance(each, str) or re.search("[\ud800-\udfff]", each)]:
-            raise ValueError(f"prompt is {wrong[0]!r}; give text")
+        prompts = as_texts("prompt", prompts)
         t5_ids = _tokenize(self.t5_tokenizer, prompts, self.t5_length, "T5")
         return t5_ids, _tokenize(self.clip_tokenizer, prompts, self.clip_length, "CLIP")
 

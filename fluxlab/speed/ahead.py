@@ -26,7 +26,8 @@ def modulation_ahead(pipe: Pipeline, release: bool = False) -> Handle:
     ``denoise`` tells the model its times and its prompts before the first step. From them come, for each step, the
     vector that steers and all shifts, scales and gates; and once ``txt_in``'s tokens and the rotation. The forward
     knows no step: it is found by its time, among the loops prepared for this prompt, which have the same ``txt``,
-    ``y``, ids and guidance. What was not prepared, as several times at once, runs as ever. Values differ by rounding,
+    ``y``, ids and guidance. What was not prepared, as several times at once, runs as ever, and so does what is to have
+    gradients, and the rest of a loop in which a LoRA was changed. Values differ by rounding,
     since a product of many rows may sum in another order.
 
     What is not computed in the forward cannot be captured there, and ``capture`` says so: ``time_in``,
@@ -51,6 +52,7 @@ def modulation_ahead(pipe: Pipeline, release: bool = False) -> Handle:
     state = _State(model, layers)
     handle.put(model, state.forward)
     handle.put(model, state.begin, "loop_begins")
+    handle.put(model, state.forget, "weights_change")
     for module in layers:
         handle.put(module, state.modulation(module))
         handle.later(partial(vars(module).pop, "ready", None))
@@ -117,7 +119,13 @@ class _State:
         self.vec = torch.empty(0)  # of the step that runs
         self.now = torch.empty(0)  # the row of the step that runs, at one place, so that compiled blocks find it
 
+    def forget(self) -> None:
+        """What was computed with other weights: the rest of a loop runs as ever."""
+        with self.lock:
+            self.loops = []
+
     @torch.no_grad()
+    @torch.inference_mode(False)  # the rows outlive such a block
     def begin(self, loops: Sequence[FluxInputs], times: Sequence[float]) -> None:
         with self.lock:
             self.loops = [_Loop(self.model, inputs, times, self.layers) for inputs in loops]
@@ -151,7 +159,10 @@ class _State:
 
     def _forward(self, *args: Any, **given: Any) -> Tensor:
         inputs = FluxInputs(*args, **given)
-        loop = next((each for each in self.loops if each.fits(inputs)), None)
+        learns = torch.is_grad_enabled() and any(
+            each.requires_grad for each in (*self.model.parameters(), *inputs.kwargs().values()) if each is not None
+        )
+        loop = None if learns else next((each for each in self.loops if each.fits(inputs)), None)
         at = set(inputs.timesteps.tolist() if inputs.timesteps is not None else ())
         row = loop.rows.get(at.pop()) if loop and len(at) == 1 else None
         known: dict[str, Any] = {}
@@ -199,6 +210,8 @@ def _release(handle: Handle, pipe: Pipeline, layers: list[Any]) -> None:
 
 
 def _restore(module: nn.Module, stop: Callable[[], None], tensors: Tensors, device: torch.device | str) -> None:
+    if "stop_streaming" not in vars(module):  # other weights were loaded since
+        return
     stop()
     module.load_state_dict({name: tensors[name].to(device) for name in module.state_dict()}, assign=True)
     module.requires_grad_(False)

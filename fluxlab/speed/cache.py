@@ -63,7 +63,7 @@ def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
     kept: list[_Kept] = []  # one for the prompt, one for what is led away from
     now: Any = None
     lock = Lock()  # what is kept is of one forward at a time
-    skipping, middle = False, torch.empty(0)
+    skipping, patched, middle = False, False, torch.empty(0)
     whole, begins = pipe.model.forward, getattr(pipe.model, "loop_begins", None)
 
     def begin(*told: Any) -> None:
@@ -91,12 +91,12 @@ def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
 
     def first(run: Callable[..., Any]) -> Callable[..., Any]:
         def block(img: Tensor, txt: Tensor, *steer: Any) -> Any:
-            nonlocal skipping, middle
+            nonlocal skipping, patched, middle
             out, text = run(img, txt, *steer)
             added = out - img
+            patched = any(getattr(each, "changes", False) for each in observers.get())
             if now.first is not None and now.rest is not None:
                 change = (added - now.first).abs().mean() / now.first.abs().mean()
-                patched = any(getattr(each, "changes", False) for each in observers.get())
                 skipping = bool(change < threshold) and not patched
             handle.skipped += skipping
             if not skipping:
@@ -114,7 +114,7 @@ def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
                 return x + now.rest if last else x
             x = run(x, *steer)
             if last:
-                now.rest = x - middle
+                now.rest = None if patched else x - middle
             return x
 
         return block

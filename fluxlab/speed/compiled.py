@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from fluxlab.pipeline.checks import warn
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.speed.handle import Handle
 
@@ -14,6 +15,7 @@ def compile(pipe: Pipeline, whole: bool = False, **options: Any) -> Handle:
     Block by block is the better bargain: all blocks of a kind share one program, so that compiling takes as long for
     two as for all 57. It happens in the first forward. Another prompt, seed or step needs no other program; another
     size some more, once, after which sizes are variable. While ``capture`` or ``patch`` looks, the model runs eagerly.
+    Merge a LoRA first: kept apart, each of its layers takes a program of its own, up to PyTorch's limit.
 
     Args:
         pipe: whose transformer.
@@ -25,6 +27,8 @@ def compile(pipe: Pipeline, whole: bool = False, **options: Any) -> Handle:
     """
     kind = "compile whole" if whole else "compile"
     handle = Handle(pipe, kind, kind)
+    if any(lora.on and not lora.merged for lora in pipe.loras):
+        warn("a LoRA is kept apart, and each layer of it would take a program of its own; merge it before compiling")
     for module in [pipe.model] if whole else [*pipe.model.double_blocks, *pipe.model.single_blocks]:
         handle.put(module, torch.compile(module.forward, **options))
     return handle.on()

@@ -23,12 +23,12 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and a.device == b.device and torch.equal(a, b))
 
 
-def _refuse_a_copy(_: dict[int, Any]) -> None:
+def _refuse_a_copy(_: int) -> None:
     """
     Raises:
         ValueError: as the copy would run what was put on the original, with the original's weights.
     """
-    raise ValueError("a model with a speed-up on cannot be copied: undo it first")
+    raise ValueError("a model with a speed-up on cannot be copied or pickled: undo it first")
 
 
 class Handle:
@@ -46,12 +46,12 @@ class Handle:
             if {kind, other} in _APART:
                 raise ValueError(f"{kind} does not go with {other}, which is on this pipeline; undo that first")
 
-    def __deepcopy__(self, _: dict[int, Any]) -> "Handle":
+    def __reduce_ex__(self, _: Any) -> str:
         """
         Raises:
             ValueError: the copy would undo what is on the original.
         """
-        raise ValueError("a pipeline with a speed-up on cannot be copied: undo it first")
+        raise ValueError("a pipeline with a speed-up on cannot be copied or pickled: undo it first")
 
     def put(self, module: nn.Module, method: Callable[..., Any], name: str = "forward") -> None:
         """Another forward for a module, until ``undo``; or another method."""
@@ -62,7 +62,7 @@ class Handle:
             self.later(partial(own.pop, name))
         own[name] = method
         if name == "forward":
-            self.put(module, _refuse_a_copy, "__deepcopy__")
+            self.put(module, _refuse_a_copy, "__reduce_ex__")
 
     def later(self, undo: Callable[[], object]) -> None:
         """What else ``undo`` has to do; what comes last is done first."""
@@ -90,8 +90,8 @@ class Handle:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self in self.pipe.speedups:
-            self.undo()
+        while self in self.pipe.speedups:  # after an error, what was put on later comes off too
+            (self if kind is None else self.pipe.speedups[-1]).undo()
 
     def __str__(self) -> str:
         return self.said

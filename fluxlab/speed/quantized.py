@@ -31,7 +31,7 @@ def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
             ``compile`` says.
         ImportError: torchao is not installed.
     """
-    if kind not in _CONFIGS:
+    if kind not in [*_CONFIGS]:
         kinds = ", ".join(map(repr, _CONFIGS))
         raise ValueError(f"kind is {kind!r}; there are {kinds}; 4 bits are loaded from GGUF files")
     handle = Handle(pipe, "quantize", f"quantize {kind}")
@@ -52,6 +52,8 @@ def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
     def restore() -> None:
         now = (ends[0].weight.device, ends[0].weight.dtype)
         for linear, weight in zip(linears, before, strict=True):
+            if type(linear.weight) is nn.Parameter:  # others were loaded since
+                continue
             if now != was:  # moved or cast since
                 weight.data = weight.data.to(*now)
             linear.weight = weight

@@ -10,14 +10,13 @@ import torch
 from torch import nn
 
 from fluxlab.config import AutoEncoderConfig, Variant
-from fluxlab.files import Checkpoint, Tensors, WeightsError, at, replacing, stream_tensors, write_text
+from fluxlab.files import Checkpoint, Tensors, WeightsError, at, is_index, replacing, stream_tensors, write_text
 from fluxlab.weights.find import find_files
 from fluxlab.weights.layouts import Config
 from fluxlab.weights.load import autoencoder_config, empty_encoder, opened, weights_of
 from fluxlab.weights.which import is_gguf, which
 
 Target = Literal["official", "diffusers", "comfyui"]
-_INDEX = "model.safetensors.index.json"
 _PREFIXES = {  # of a ComfyUI checkpoint: one file of all parts
     "transformer": "model.diffusion_model.",
     "autoencoder": "vae.",
@@ -77,7 +76,7 @@ def convert(
             _write_json(encoders[kind].config.to_dict() | {"dtype": held}, folder / "config.json")
             words.mkdir()
             for file in tokenizer.iterdir():  # an encoder's files may be in the same folder
-                if file.suffix in (".json", ".txt", ".model") and file.name not in ("config.json", _INDEX):
+                if file.suffix in (".json", ".txt", ".model") and file.name != "config.json" and not is_index(file):
                     shutil.copyfile(file, words / file.name)
         if to == "diffusers":
             (target / "scheduler").mkdir()

@@ -26,12 +26,12 @@ _DIALECTS = {  # how a file's names look; the first that fits
     "PEFT": r".*(\.lora_[AB]\.|\.lora\.(up|down)\.).*",
 }
 _ROLE = re.compile(  # what a tensor is to its layer
-    r"(.+)\.(?:(?P<down>lora_A(?:\.default)?|lora_down|lora\.down|down)\.weight|(?P<alpha>alpha)"
+    r"(.+?)\.(?:(?P<down>lora_A(?:\.default)?|lora_down|lora\.down|down)\.weight|(?P<alpha>alpha)"
     r"|(?P<up>lora_B(?:\.default)?|lora_up|lora\.up|up)\.weight|(?P<bias>lora_B(?:\.default)?\.bias))"
 )
 _PREFIXES = {  # of a layer's name, by the part it belongs to
-    "clip": r"(text_encoder\.|lora_te1?_)(text_model[._])?",
-    "t5": r"(text_encoder_2\.|lora_te[23]_)",
+    "clip": r"(text_encoder\.|lora_te1?_|(text_encoders\.)?clip_l\.(transformer\.)?)(text_model[._])?",
+    "t5": r"(text_encoder_2\.|lora_te[23]_|(text_encoders\.)?t5xxl\.(transformer\.)?)",
     "transformer": r"((base_model\.model|transformer|model|diffusion_model)\.)*(lora_unet_|lora_transformer_)?",
 }
 _XLABS = {  # what a block's processor changes; in a single block, qkv are the first rows of linear1
@@ -112,6 +112,8 @@ def read_lora(path: str | Path, modules: Mapping[str, nn.Module]) -> tuple[list[
             layers[place], role = match[1], str(match.lastgroup)
             if (other := found[place].setdefault(role, name)) != name:
                 raise WeightsError(f"{path}: {name} and {other} are both the {role} of one layer")
+        elif "text_projection" in name:  # which CLIP has, and FLUX does not ask
+            continue
         elif name.endswith("_norm.scale") and norm is not None and entry.shape == norm.scale.shape:
             scales[norm] = name
         else:

@@ -43,7 +43,7 @@ def load_weights(
     itself and put in place of the module's own, so that the peak memory is the weights once, and nothing on a CPU where
     they need no change: they stay mapped. The module is left in eval mode, and its weights without gradients. Without
     ``dtype`` they keep that of the file; where it holds several, since a forward takes one, they get the narrowest that
-    holds the values of all: float32 for bfloat16 and float32.
+    holds the values of all: float32 for bfloat16 and float32; and bfloat16 for float8, with which no forward computes.
 
     With ``low_memory`` nothing is kept: each layer's weights are read, widened, cast and moved when it runs, and left
     when it has run.
@@ -57,9 +57,10 @@ def load_weights(
 
 def fill(module: Module, tensors: Tensors, device: torch.device | str, low_memory: bool) -> Module:
     """What ``load_weights`` does once the file is opened and its names are the module's."""
-    vars(module).pop("stop_streaming", lambda: None)()  # other weights, which it had before
+    for layer in module.modules():
+        vars(layer).pop("stop_streaming", lambda: None)()  # other weights, which it had before
     if low_memory:
-        vars(module)["stop_streaming"] = stream(module, tensors, device)
+        stream(module, tensors, device)
     else:
         module.load_state_dict({name: tensors[name].to(device) for name in module.state_dict()}, assign=True)
         if callable(tie := getattr(module, "tie_weights", None)):
@@ -128,7 +129,9 @@ def opened(
 def _narrowest(tensors: Tensors) -> torch.dtype | None:
     held = {entry.dtype for entry in tensors.entries.values()}
     eight_bits = {torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.bfloat16}  # torch promotes no float8
-    return reduce(torch.promote_types, (eight_bits.get(each, each) for each in held)) if len(held) > 1 else None
+    if len(held) == 1 and not held & eight_bits.keys():
+        return None
+    return reduce(torch.promote_types, (eight_bits.get(each, each) for each in held))
 
 
 def _encoder(part: Part, wanted: Shapes) -> Tensors:

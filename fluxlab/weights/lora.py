@@ -58,6 +58,7 @@ class Lora:
         for norm, scale in self._scales.items():
             self._wrap(norm, partial(_with_scale, norm, scale))
         self._widen()
+        self._changed()
 
     @property
     def on(self) -> bool:
@@ -82,6 +83,7 @@ class Lora:
             except ValueError:
                 self.strengths[str(file)] = before
                 raise
+        self._changed()
 
     def merge(self) -> None:
         """Add all to the weights, in float32 and rounded once.
@@ -102,6 +104,7 @@ class Lora:
             self.undo()
             raise
         self.merged = True
+        self._changed()
 
     def _add(self) -> None:
         """Put all into the weights."""
@@ -134,6 +137,11 @@ class Lora:
         while self._before:
             self._before.pop()()
         self.merged = False
+        self._changed()
+
+    def _changed(self) -> None:
+        """Tell what computes ahead from the weights."""
+        getattr(self._model, "weights_change", lambda: None)()
 
     def __enter__(self) -> Lora:
         return self

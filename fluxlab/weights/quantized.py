@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,23 +33,40 @@ def read_gguf(path: Path) -> Tensors:
         from gguf import GGML_QUANT_SIZES, GGUFReader
         from gguf.quants import dequantize
 
+    class Reader(GGUFReader):  # type: ignore[misc,unused-ignore]
+        """One that reads nothing beyond the end of the file: its own takes what a header says for true."""
+
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError("it ends too early")
+            return super()._get(offset, dtype, count, override_order)
+
     try:
-        reader = GGUFReader(path, "c")
+        reader = Reader(path, "c")
         told = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
         given = {tensor.name: tensor for tensor in reader.tensors}
         for kind in {tensor.tensor_type for tensor in given.values()}:
-            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)  # or it says that it cannot
+            try:
+                dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+            except NotImplementedError as error:
+                said = f"{path}: has tensors of type {kind.name}, which the gguf package cannot dequantize"
+                raise WeightsError(f"{said}; take another file, such as Q8_0 or Q4_K") from error
         entries = {}
         for name, tensor in given.items():
             shape = told.get(f"comfy.gguf.orig_shape.{name}") or tensor.shape[::-1].tolist()
             entries[name] = torch.empty(shape, dtype=_FLOATS.get(tensor.tensor_type.name, torch.float32), device="meta")
             if entries[name].numel() != tensor.n_elements:
-                raise WeightsError(f"{name} has {tensor.n_elements} numbers, where its shape {shape} says another")
+                raise WeightsError(
+                    f"{path}: {name} has {tensor.n_elements} numbers, where its shape {shape} says another"
+                )
         places = sorted((tensor.data_offset, tensor.data_offset + int(tensor.n_bytes)) for tensor in given.values())
         if any(end > start for (_, end), (start, _) in pairwise(places)):
-            raise WeightsError("its tensors overlap")
+            raise WeightsError(f"{path}: its tensors overlap")
+    except WeightsError:
+        raise
     except Exception as error:  # the package stumbles in many ways over a spoilt file
-        raise WeightsError(f"{path}: not a whole GGUF file that can be read ({error}); fetch it again") from error
+        advice = "fetch it again, or, if it is whole, update the gguf package"
+        raise WeightsError(f"{path}: not a whole GGUF file that can be read ({error}); {advice}") from error
     if (architecture := told.get("general.architecture")) not in _ARCHITECTURES:
         raise WeightsError(f"{path}: a GGUF file of {architecture!r}, where 'flux' or 't5encoder' was expected")
 
@@ -60,8 +77,8 @@ def read_gguf(path: Path) -> Tensors:
         wide = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).reshape(entry.shape)
         return finite_weights(wide, name, path)
 
-    kinds = Counter(tensor.tensor_type.name for tensor in given.values())
-    return Tensors(path, entries, read, {"quantization": _counted(kinds)}, kinds.keys() <= _FLOATS.keys())
+    kinds = {name: tensor.tensor_type.name for name, tensor in given.items()}
+    return Tensors(path, entries, read, mapped={*kinds.values()} <= _FLOATS.keys(), kinds=kinds)
 
 
 def unscaled(tensors: Tensors) -> Tensors:
@@ -95,9 +112,8 @@ def unscaled(tensors: Tensors) -> Tensors:
         weight, factor = tensors[name].float(), tensors[scales[name]].float()
         return weight * factor.reshape(-1, *[1] * (weight.ndim - 1))  # one for all, or one for each row
 
-    kinds = Counter(str(tensors.entries[name].dtype).removeprefix("torch.") for name in entries)
-    said = _counted(kinds) + (f"; {len(scales)} with a scale" if scales else "")
-    return Tensors(path, entries, read, tensors.metadata | {"quantization": said}, tensors.mapped and not scales)
+    kinds = {name: tensors.kinds[name] + " with a scale" * (name in scales) for name in entries}
+    return Tensors(path, entries, read, tensors.metadata, tensors.mapped and not scales, kinds)
 
 
 def _formats(tensors: Tensors) -> set[str]:
@@ -122,7 +138,3 @@ def finite_weights(tensor: Tensor, name: str, path: Path) -> Tensor:
     if not tensor.float().isfinite().all():
         raise WeightsError(f"{path}: {name} has values that are not finite; fetch the file again")
     return tensor
-
-
-def _counted(kinds: Counter[str]) -> str:
-    return ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())

@@ -57,6 +57,7 @@ def stream(module: nn.Module, tensors: Tensors, device: torch.device | str = "cp
 
     vars(module)["__deepcopy__"] = refuse_a_copy
     for path, layer in module.named_modules():
+        vars(layer)["stop_streaming"] = lambda: stop()
         names[layer] = {name: f"{path}.{name}".lstrip(".") for name, _ in layer.named_parameters(recurse=False)}
         if names[layer]:
             go(layer)
@@ -67,5 +68,7 @@ def stream(module: nn.Module, tensors: Tensors, device: torch.device | str = "cp
         for hook in hooks:
             hook.remove()
         vars(module).pop("__deepcopy__", None)
+        for layer in module.modules():
+            vars(layer).pop("stop_streaming", None)
 
     return stop

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,8 @@ class Part:
             of = f" of width {words.shape[-1]}"
         named = f"names after {self.prefix!r}; " if self.prefix else ""
         numbers = sum(entry.numel() for entry in entries.values())
-        said = f"{named}{self.tensors.metadata['quantization']}; {numbers:,} numbers"
+        kinds = Counter(self.tensors.kinds.values()).most_common()
+        said = f"{named}{', '.join(f'{kind} ({count})' for kind, count in kinds)}; {numbers:,} numbers"
         return f"the {_CALLED.get(self.kind, self.kind)}{of} in the {self.layout} layout; {said}"
 
 

@@ -1,5 +1,8 @@
 """The check cells of the course."""
 
+import tracemalloc
+
+import numpy as np
 import pytest
 import torch
 
@@ -57,3 +60,14 @@ def test_a_tensor_is_an_answer(capsys):
     assert fingerprint(torch.tensor([1, 2])) == fingerprint((1, 2))
     fl.check(torch.rand(64), fingerprint(3), "A hint.")  # more forms than can be tried
     assert capsys.readouterr().out.startswith("not yet")
+
+
+def test_a_matrix_is_judged_in_little_memory(capsys):
+    answer = np.random.default_rng(0).random((512, 64))
+    tracemalloc.start()
+    fl.check(answer, fingerprint(3), "")
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+    fl.check(answer, fingerprint(answer), "")
+    fl.check([[1, 2], [3, 4]], fingerprint([1, 2, 3, 4]), "")
+    assert capsys.readouterr().out.count("right") == 2

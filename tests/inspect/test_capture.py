@@ -700,3 +700,29 @@ def test_a_spoilt_tape_is_no_tape(tmp_path):
         write_tensors({"0/vec": torch.ones(2)}, tmp_path / "x.safetensors", about)
         with pytest.raises(fl.WeightsError, match="not a tape"):
             fl.Tape.load(tmp_path / "x.safetensors")
+
+
+def test_a_change_may_write_into_what_it_takes(tiny):
+    inputs = tiny.prepare(["a red circle"], [0], 64, 64)
+    given = inputs.img.clone()
+    for name in ("img", "double_blocks.0.txt.input", "pe"):
+        with torch.no_grad(), fl.patch(tiny.model, name, lambda t: t * 0.8):
+            expected = tiny.model(**inputs.kwargs())
+        with torch.no_grad(), fl.patch(tiny.model, name, lambda t: t.mul_(0.8)):
+            assert torch.equal(tiny.model(**inputs.kwargs()), expected)
+        assert torch.equal(inputs.img, given)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("limit", ["4", None, float("nan"), 0])
+def test_a_limit_is_a_number_above_0(tiny, limit):
+    with pytest.raises(ValueError, match=r"limit is .*; give the GiB"), fl.capture(tiny.model, "img", limit=limit):
+        pass
+
+
+def test_two_sizes_are_not_stacked(tiny):
+    with fl.capture(tiny.model, "velocity") as tape:
+        for side in (64, 96):
+            tiny("a", height=side, width=side, num_steps=1, progress=False)
+    with pytest.raises(ValueError, match=r"velocity is \(1, 16, 64\) in one forward and \(1, 36, 64\) in another"):
+        tape.stack("velocity")

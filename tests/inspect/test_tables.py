@@ -1,5 +1,7 @@
 """The tables against the published counts and against PyTorch's own flop counter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -195,3 +197,36 @@ def test_a_pipeline_is_no_module(tiny):
             way()
     with pytest.raises(KeyError, match="'FLOP' is none of the columns: part, GFLOP, share"):
         fl.flops("flux-tiny-dev").column("FLOP")
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_compiled_model_is_summed_up_as_it_is():
+    pipe = fl.load("flux-tiny-dev")
+    inputs = pipe.prepare(["a"], [0], 64, 64)
+    with torch.no_grad():
+        plain, memory = str(fl.summary(pipe.model, inputs)), fl.working_memory(pipe.model, **inputs.kwargs())
+        for compiled in (fl.speed.compile(pipe, backend="eager"), torch.compile(pipe.model, backend="eager")):
+            model = compiled if isinstance(compiled, torch.nn.Module) else pipe.model
+            model(**inputs.kwargs())
+            assert str(fl.summary(model, inputs)) == plain
+            assert fl.working_memory(model, **inputs.kwargs()) == memory
+    with pytest.raises(ValueError, match="a Pipeline, where a module was expected; give its model"):
+        fl.working_memory(pipe)
+
+
+def test_layers_whose_weights_stay_in_their_file_are_not_summed_up():
+    inputs = fl.example_inputs("flux-tiny-dev", height=64, width=64)
+    handle = fl.speed.modulation_ahead(pipe := fl.load("flux-tiny-dev"), release=True)
+    with pytest.raises(ValueError, match="model keeps its weights in their file"):
+        fl.summary(pipe.model, inputs)
+    handle.undo()
+    assert "parameters" in str(fl.summary(pipe.model, inputs))
+    low = fl.load("flux-tiny-dev", low_memory=True)
+    with pytest.raises(ValueError, match="model keeps its weights in their file"):
+        fl.summary(low.model.double_blocks[0], inputs)
+
+
+def test_what_the_model_says_of_its_inputs_is_passed_on():
+    inputs = fl.example_inputs("flux-tiny-dev", height=64, width=64)
+    with pytest.raises(ValueError, match="txt"):
+        fl.summary(fl.build("flux-tiny-dev"), replace(inputs, txt=inputs.txt[..., :5]))

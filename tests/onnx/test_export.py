@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import weakref
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -13,6 +14,7 @@ import torch
 from onnx import TensorProto
 
 import fluxlab as fl
+from fluxlab.config import VARIANTS
 from fluxlab.files import read_tensors
 from fluxlab.glossary import named
 from fluxlab.model.blocks import DoubleStreamBlock, SingleStreamBlock
@@ -490,7 +492,7 @@ def test_half_of_a_vae_is_given_by_its_own_state(tmp_path, tiny):
 def test_what_has_no_numbers_is_not_written(tmp_path, monkeypatch):
     names = fl.build("flux-tiny-dev").state_dict()
     for weights in (fl.build("flux-tiny-dev", "meta").state_dict(), dict.fromkeys(names)):
-        with pytest.raises(ValueError, match="is no tensor that has numbers"):
+        with pytest.raises(ValueError, match=r"is on the meta device: no values|is a NoneType, where a plain tensor"):
             fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=weights)
     dev = fl.VARIANTS["flux-dev"]
     monkeypatch.setitem(fl.VARIANTS, "flux-dev", replace(dev, transformer=replace(dev.transformer, qkv_bias=False)))
@@ -518,3 +520,50 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"do not fit the part: .*final_layer.linear.bias"):
         fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=weights)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_quantized_weights_are_not_exported_as_others(tmp_path, tiny):
+    pipe = fl.load("flux-tiny-dev")
+    with fl.speed.quantize(pipe), pytest.raises(ValueError, match=r"is a .*Tensor, where a plain tensor was expected"):
+        fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=pipe.model.state_dict())
+    whole = {name: tensor.int() for name, tensor in tiny.model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"is torch.int32, where floating was expected"):
+        fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=whole)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_int8_of_more_than_the_quantizer_takes_is_refused_before_any_is_read(tmp_path):
+    entries = fl.build("flux-dev", device="meta").state_dict()
+    with pytest.raises(ValueError, match=r"transformer of flux-dev has 48 GB of numbers, where .* takes 2; leave it"):
+        fl.export_onnx("flux-dev", tmp_path / "x.onnx", weights=_Unread(entries), quantize="int8")
+
+
+class _Unread(dict):
+    def __getitem__(self, name):
+        pytest.fail(f"{name} was read")
+
+
+def test_a_flat_graph_reads_one_weight_at_a_time(tmp_path, tiny, monkeypatch):
+    """As files in other layouts, which make each tensor anew, would else be in memory whole."""
+    alive, most = weakref.WeakSet(), []
+
+    class Made(dict):
+        def __getitem__(self, name):
+            made = super().__getitem__(name).clone()
+            alive.add(made.untyped_storage())
+            most.append(len(alive))
+            return made
+
+    monkeypatch.setattr("fluxlab.onnx.export._check", lambda *_: None)
+    fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=Made(tiny.model.state_dict()), flat=True)
+    assert max(most) <= 3
+
+
+def test_one_file_is_all_that_a_part_needs(tmp_path, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "mine", replace(fl.variant("flux-tiny-dev"), name="mine", repo="me/mine"))
+    vae = data_folder() / fl.variant("flux-tiny-dev").autoencoder_file
+    fl.export_onnx("mine", tmp_path / "x.onnx", "decoder", source=vae, weights=True)
+    fl.export_onnx("flux-tiny-dev", tmp_path / "y.onnx", "decoder", weights=True)
+    latent = torch.randn(1, 16, 4, 6)
+    assert np.array_equal(run(tmp_path / "x.onnx", latent=latent), run(tmp_path / "y.onnx", latent=latent))

@@ -8,6 +8,7 @@ from PIL import Image
 
 import fluxlab as fl
 from fluxlab.pipeline.pictures import as_pictures, as_pixels, as_seen
+from fluxlab.weights.find import data_folder
 
 PROMPT = "a small red ring, 犬"
 FEW = {"num_steps": 2, "height": 64, "width": 48, "progress": False}
@@ -138,3 +139,30 @@ def test_several_pictures_are_not_one(tiny):
     for images in ([photo()], iter([photo(), photo()]), (photo() for _ in range(2))):
         with pytest.raises(ValueError, match="flux-tiny-dev takes one picture"):
             tiny(PROMPT, image=images, **FEW)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_picture_that_cannot_be_read_is_named(tmp_path, tiny):
+    Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / "x.png")
+    whole = (tmp_path / "x.png").read_bytes()
+    (tmp_path / "torn.png").write_bytes(whole[: len(whole) // 2])
+    closed = Image.open(tmp_path / "x.png")
+    closed.close()
+    for picture in (Image.open(tmp_path / "torn.png"), closed, Image.new("La", (64, 64))):
+        with pytest.raises(ValueError, match=r"image (cannot be read|has mode 'La')"):
+            tiny("a", image=picture, num_steps=2, progress=False)
+
+
+def test_a_picture_says_the_loras_that_were_on_and_tiles():
+    pipe = fl.load("flux-tiny-dev")
+    file = data_folder() / "flux-tiny/flux-tiny-canny-dev-lora.safetensors"
+    shown = {"control": Image.new("RGB", (64, 64)), "num_steps": 1, "progress": False}
+    with pipe.add_lora({file: 0.5}) as lora:
+        info = pipe("a", tiled=True, **shown).info
+        assert info["lora"] == f"{file.name} at 0.5"
+        assert info["tiled"] == "True"
+        assert f"LoRA: {file.name} at 0.5, Tiled VAE: True" in info["parameters"]
+        lora.merge()
+        lora.set_strength(file, 1.0)
+        assert pipe("a", **shown).info["lora"] == f"{file.name} at 1"
+    assert "lora" not in pipe("a", num_steps=1, height=64, width=64, progress=False).info

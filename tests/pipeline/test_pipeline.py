@@ -1,5 +1,7 @@
 """flux-tiny, from prompt to picture."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -359,3 +361,41 @@ def test_a_pipeline_is_cast_and_moved_as_a_module_is():
     assert str(pipe.device) == str(pipe.text.device) == "meta"
     assert pipe.to(device="meta", dtype=torch.float32).dtype is torch.float32
     assert {p.dtype for part in parts for p in part.parameters()} == {torch.float32}
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_nothing_is_encoded_before_all_arguments_are_looked_at(monkeypatch):
+    pipe = fl.load("flux-tiny-fill-dev")
+    monkeypatch.setattr(pipe.autoencoder, "encode", lambda _: pytest.fail("the VAE ran"))
+    shown = {"image": Image.new("RGB", (128, 128)), "mask": Image.new("L", (128, 128), 255), "progress": False}
+    with pytest.raises(ValueError, match="prompt is None; give text"):
+        pipe(None, **shown)
+    with pytest.raises(ValueError, match=r"negative_prompt is '.ud800'; give text"):
+        pipe("a", negative_prompt="\ud800", true_cfg=2.0, **shown)
+
+
+def test_a_pipeline_on_meta_is_not_painted_with():
+    with pytest.raises(ValueError, match="this pipeline is on meta, which has shapes and no numbers to paint with"):
+        fl.load("flux-tiny-dev", device="meta")("a", num_steps=3, progress=False)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("where", [torch.float8_e4m3fn, torch.int8, "bfloat16", "no such"])
+def test_a_pipeline_goes_only_where_it_can_be_loaded(where):
+    pipe = fl.load("flux-tiny-dev")
+    before = pipe.model.img_in.weight.clone()
+    with pytest.raises(ValueError, match=r"dtype is torch|device is '"):
+        pipe.to(where)
+    assert torch.equal(pipe.model.img_in.weight, before)
+    with pytest.raises(ValueError, match="device is 'None', which cannot be used here"):
+        fl.load("flux-tiny-dev", device=None)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_true_cfg_is_a_number_whoever_gives_it(tiny):
+    inputs = tiny.prepare(["a"], [0], 64, 64)
+    for wrong in ("2", float("nan"), None):
+        with pytest.raises(ValueError, match=r"true_cfg is .*; it must be at least 1"):
+            fl.denoise(tiny.model, inputs, [1.0, 0.0], inputs, wrong, progress=False)
+    some = fl.denoise(tiny.model, inputs, [1.0, 0.0], inputs, Fraction(5, 2), progress=False)
+    assert torch.equal(some, fl.denoise(tiny.model, inputs, [1.0, 0.0], inputs, 2.5, progress=False))

@@ -1,5 +1,7 @@
 """The schedule against published values and diffusers' scheduler."""
 
+import itertools
+
 import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -38,3 +40,10 @@ def test_the_schedule_equals_diffusers(steps, tokens):
 def test_numbers_below_one_are_refused(steps, tokens, message):
     with pytest.raises(ValueError, match=message):
         fl.schedule(steps, tokens)
+
+
+def test_more_tokens_than_a_schedule_can_tell_apart_are_refused():
+    with pytest.raises(ValueError, match="image_tokens is 200704; it must be a whole number of at most 131072"):
+        fl.schedule(50, 200_704)
+    times = fl.schedule(1000, 2**17)
+    assert all(a > b for a, b in itertools.pairwise(times))

@@ -368,3 +368,24 @@ def test_edges_of_a_picture_of_another_ratio_are_told(members):
         members["flux-canny-dev"][0](PROMPT, image=Image.new("RGB", (100, 40)), height=64, width=64, **OPTIONS)
     with pytest.warns(UserWarning, match="control is 100 x 40 pixels"):
         members["flux-canny-dev"][0](PROMPT, control=Image.new("RGB", (100, 40)), height=64, width=64, **OPTIONS)
+
+
+def test_what_is_transparent_of_a_mask_is_kept(tmp_path):
+    """As some editors save a brush: white everywhere, and opaque where it went."""
+    mask = Image.new("RGBA", (128, 128), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (32, 32, 96, 96))
+    assert as_mask(mask, 128, 128).sum() == 64 * 64
+
+
+def test_a_mask_between_the_cells_of_the_latent_is_refused(tiny):
+    """diffusers takes every eighth pixel of it; one that has no white there would paint nothing."""
+    mask = Image.new("L", (128, 128), 0)
+    mask.paste(255, (33, 33, 39, 39))
+    picture = Image.new("RGB", (128, 128), "red")
+    with pytest.raises(ValueError, match=r"mask is white between the latent's cells alone, .* make its white larger"):
+        tiny("a blue square", image=picture, mask=mask, strength=1.0, num_steps=2, progress=False)
+
+
+def test_a_mask_of_another_ratio_is_stretched_with_a_warning():
+    with pytest.warns(UserWarning, match="mask is 64 x 64 pixels .* is stretched to 96 x 32"):
+        as_mask(Image.new("L", (64, 64), 255), 32, 96)

@@ -2,8 +2,10 @@
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import combinations, permutations
@@ -371,9 +373,9 @@ def test_a_copy_that_would_run_the_originals_weights_is_refused(pipe, name):
     inputs = pipe.prepare([PROMPTS[0]], [0], 128, 128)
     with PUT[name](pipe), PUT["cache_steps"](pipe) if name != "cache_steps" else nullcontext():
         for run in (copy.deepcopy, lambda model: fl.compare(model, model, inputs), lambda _: copy.deepcopy(pipe)):
-            with pytest.raises(ValueError, match="with a speed-up on cannot be copied: undo it first"):
+            with pytest.raises(ValueError, match="with a speed-up on cannot be copied or pickled: undo it first"):
                 run(pipe.model)
-        with pytest.raises(ValueError, match="with a speed-up on cannot be copied: undo it first"):
+        with pytest.raises(ValueError, match="with a speed-up on cannot be copied or pickled: undo it first"):
             copy.deepcopy(pipe.model.double_blocks[0])
         with fl.capture(pipe.model, ["vec", "velocity"]) as tape:
             pipe.model(**inputs.kwargs())
@@ -545,3 +547,103 @@ def test_what_is_missing_is_said_by_the_model(pipe, name):
     given = pipe.prepare([PROMPTS[0]], [0], 128, 128).kwargs() | {"timesteps": None}
     with PUT[name](pipe), pytest.raises(ValueError, match="timesteps is None; give a tensor"):
         pipe.model(**given)
+
+
+def test_weights_that_were_loaded_meanwhile_stay(pipe):
+    """What comes off gives back no weight that is not its own any more."""
+    other = data_folder() / "flux-tiny/flux-tiny-kontext-dev.safetensors"
+    expected = painted(pipe_of(other))
+    for put in (fl.speed.quantize, lambda pipe: fl.speed.modulation_ahead(pipe, release=True)):
+        pipe = fl.load("flux-tiny-dev")
+        with put(pipe):
+            fl.load_weights(pipe.model, other, dtype=torch.float32)
+        assert far(painted(pipe), expected) < 1e-9
+
+
+def pipe_of(file):
+    pipe = fl.load("flux-tiny-dev")
+    fl.load_weights(pipe.model, file, dtype=torch.float32)
+    return pipe
+
+
+def test_a_lora_that_changes_in_a_loop_is_not_outlived(pipe, tmp_path):
+    model, strengths = pipe.model, [1.0, 1.0, 0.0, 0.5]
+    down, up = torch.randn(2, 128) / 9, torch.randn(768, 2)
+    name = "transformer.transformer_blocks.0.norm1.linear"
+    fl.files.write_tensors({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path / "x.safetensors")
+    lora = pipe.add_lora({tmp_path / "x.safetensors": 1.0})
+
+    def paint():
+        lora.set_strength(tmp_path / "x.safetensors", 1.0)
+        told = lambda step: lora.set_strength(tmp_path / "x.safetensors", strengths[step.index])  # noqa: E731
+        return painted(pipe, num_steps=4, callback=told)
+
+    expected = paint()
+    with fl.speed.modulation_ahead(pipe):
+        assert far(paint(), expected) < 1
+    assert model.double_blocks[0].img_mod.lin.in_features == 128
+
+
+def test_what_a_patch_made_is_not_added_again(pipe):
+    inputs = pipe.prepare(PROMPTS[:1], [3], 128, 128)
+
+    def run(patched):
+        found = []
+        for i, t in enumerate((1.0, 0.97, 0.94, 0.91)):
+            own = inputs.kwargs() | {"timesteps": torch.tensor([t])}
+            change = fl.patch(pipe.model, "single_blocks.*.output", torch.zeros_like)
+            with torch.no_grad(), change if i == 1 and patched else nullcontext():
+                found.append(pipe.model(**own))
+        return found
+
+    plain = run(False)
+    with fl.speed.cache_steps(pipe, 0.3):
+        after = run(True)[2:]
+    for mine, theirs in zip(after, plain[2:], strict=True):
+        assert (mine - theirs).norm() < 0.3 * theirs.norm()
+
+
+def test_gradients_reach_through_what_was_prepared(pipe):
+    inputs = pipe.prepare(PROMPTS[:1], [3], 128, 128)
+    with fl.speed.modulation_ahead(pipe):
+        painted(pipe)
+        y = inputs.y.clone().requires_grad_()
+        pipe.model(**inputs.kwargs() | {"y": y, "timesteps": torch.tensor([1.0])}).sum().backward()
+    assert y.grad is not None
+    assert y.grad.abs().max() > 0
+
+
+def test_ahead_goes_on_after_inference_mode(pipe):
+    expected = painted(pipe)
+    with fl.speed.modulation_ahead(pipe):
+        with torch.inference_mode():
+            first = painted(pipe)
+        assert np.abs(first - expected).max() <= 1
+        assert np.abs(painted(pipe) - expected).max() <= 1
+
+
+def test_an_error_takes_off_what_came_later_too(pipe):
+    def fails():
+        with fl.speed.quantize(pipe):
+            fl.speed.cache_steps(pipe, 0.1)
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fails()
+    assert not pipe.speedups
+
+
+@pytest.mark.parametrize("name", ["modulation_ahead", "cache_steps", "compile"])
+def test_a_model_with_a_speedup_is_not_pickled(pipe, name):
+    with PUT[name](pipe), pytest.raises(ValueError, match="cannot be copied or pickled: undo it first"):
+        pickle.dumps(pipe.model)
+    assert len(pickle.dumps(pipe.model)) > 1e6
+
+
+def test_compiling_says_that_a_lora_is_to_be_merged(pipe):
+    lora = pipe.add_lora({CANNY: 1.0})
+    with pytest.warns(UserWarning, match="merge it before compiling"), fl.speed.compile(pipe, backend="eager"):
+        pass
+    lora.merge()
+    with warnings.catch_warnings(action="error"), fl.speed.compile(pipe, backend="eager"):
+        pass

@@ -23,11 +23,13 @@ from fluxlab.cli import app
 from fluxlab.files import write_tensors
 from fluxlab.weights.convert import diffusers_config
 from fluxlab.weights.dialects import read_lora
+from fluxlab.weights.find import data_folder
 from fluxlab.weights.layouts import rules, to_diffusers
 from fluxlab.weights.lora import Lora
 from tests.helpers import SMALL, randomise, small_inputs
 
 WIDE = fl.FluxConfig(depth=1, depth_single_blocks=1)
+CANNY = data_folder() / "flux-tiny/flux-tiny-canny-dev-lora.safetensors"
 LAYERS = (
     "double_blocks.0.img_attn.qkv",
     "double_blocks.1.txt_mlp.0",
@@ -745,3 +747,47 @@ def test_a_merge_that_fails_leaves_nothing(tmp_path, model, monkeypatch):
         lora.merge()
     assert not lora.on
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("clip", "t5"),
+    [
+        ("text_encoders.clip_l.transformer.text_model.", "text_encoders.t5xxl.transformer."),
+        ("clip_l.transformer.text_model.", "t5xxl.transformer."),
+        ("lora_te1_text_model_", "lora_te3_"),
+    ],
+)
+def test_loras_of_text_encoders_are_read_after_comfyuis_prefixes(tmp_path, clip, t5):
+    pipe = fl.load("flux-tiny-dev")
+    layers = {clip: "encoder.layers.0.self_attn.q_proj", t5: "encoder.block.0.layer.0.SelfAttention.q"}
+    tensors = {"lora_te1_text_projection.lora_down.weight": torch.randn(2, 3)}  # which FLUX does not ask
+    for head, layer in layers.items():
+        name = head + (layer if head.endswith(".") else layer.replace(".", "_"))
+        module = (pipe.text.clip if head == clip else pipe.text.t5).get_submodule(layer)
+        tensors[f"{name}.lora_down.weight"] = torch.randn(2, module.in_features)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(module.out_features, 2)
+    write_tensors(tensors, tmp_path / "x.safetensors")
+    before = pipe.text(["a red circle"])
+    with pipe.add_lora({tmp_path / "x.safetensors": 1.0}):
+        assert not any(torch.equal(*pair) for pair in zip(before, pipe.text(["a red circle"]), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(before, pipe.text(["a red circle"]), strict=True))
+
+
+def test_diffusers_old_names_of_up_and_down_are_read(tmp_path):
+    pipe, name = fl.load("flux-tiny-dev"), "transformer.transformer_blocks.0.attn.to_q.lora"
+    down, up = torch.randn(4, 128), torch.randn(128, 4)
+    write_tensors({f"{name}.down.weight": down, f"{name}.up.weight": up}, tmp_path / "x.safetensors")
+    before = pipe.model.double_blocks[0].img_attn.qkv.weight.clone()
+    lora = pipe.add_lora({tmp_path / "x.safetensors": 1.0})
+    lora.merge()
+    torch.testing.assert_close(pipe.model.double_blocks[0].img_attn.qkv.weight[:128], before[:128] + up @ down)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_what_does_not_fit_is_refused_before_weights_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("fluxlab.pipeline.load.fill", lambda *_: pytest.fail("weights were read"))
+    for options in ({"lora": {tmp_path / "nope.safetensors": 1.0}}, {"lora": {CANNY: "much"}}, {"redux": tmp_path}):
+        with pytest.raises(
+            ValueError, match=r"no such file|is 'much'; give a finite number|not found: .*image_embedder"
+        ):
+            fl.load("flux-tiny-dev", **options)

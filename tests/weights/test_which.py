@@ -153,7 +153,7 @@ def test_parts_are_told_apart_without_being_read():
 def test_variants_of_the_same_sizes_are_all_told(tmp_path):
     """Published: [dev], Krea and Kontext have the same tensors, 11,901,408,320 numbers; [schnell] has four fewer."""
     entries = fl.build("flux-dev", device="meta").state_dict()
-    tensors = Tensors(tmp_path, entries, entries.get, {"quantization": "bfloat16 (780)"})
+    tensors = Tensors(tmp_path, entries, entries.get, kinds=dict.fromkeys(entries, "bfloat16"))
     told = Part("transformer", "official", "", tensors)
     assert str(told) == (
         "the transformer of flux-dev or flux-krea-dev or flux-kontext-dev in the official layout; bfloat16 (780); "

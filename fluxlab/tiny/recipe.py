@@ -30,12 +30,12 @@ class Recipe:
     reflow_steps: int = 2_500
     fill_pictures: int = 8_000  # each with two holes, for flux-tiny-fill-dev
     fill_steps: int = 5_000
-    fill_guidance_steps: int = 2_000
+    fill_guidance_steps: int = 500
     edits: int = 12_000  # for flux-tiny-kontext-dev
     told_by_caption: float = 0.25  # of them are told by the caption of the picture after
     edit_text_steps: int = 1_200  # in which the encoders learn the tokenizers' new words
-    edit_steps: int = 11_000
-    edit_guidance_steps: int = 600
+    edit_steps: int = 13_500
+    edit_guidance_steps: int = 500
     canny_pictures: int = 8_000  # for the LoRA of flux-tiny-canny-dev
     canny_rank: int = 16
     canny_steps: int = 2_500

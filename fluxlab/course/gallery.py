@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from fluxlab.config import whole
 from fluxlab.pipeline.checks import as_list
 from fluxlab.pipeline.control import edges
 from fluxlab.pipeline.load import load
@@ -35,7 +36,7 @@ _SHOWN = (  # what each relative is shown
 
 def gallery(name: str, prompts: Sequence[str] = PROMPTS, seed: int = 0, columns: int = 4) -> Image.Image:
     """Paint the prompts with a variant, one seed apart, and lay the pictures out with their prompts below."""
-    prompts = as_list("prompts", prompts)
+    prompts, columns = as_list("prompts", prompts), whole("columns", columns)
     pictures: Any = load(name)(prompts, seed=range(seed, seed + len(prompts)), progress=False)
     return _sheet([*zip(pictures, prompts, strict=True)], columns)
 

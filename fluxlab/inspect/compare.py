@@ -6,6 +6,7 @@ When two implementations differ, a wider dtype tells why: rounding shrinks, a mi
 import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
+from numbers import Real
 from typing import Any
 
 import torch
@@ -60,8 +61,10 @@ def compare(
 
     Raises:
         MemoryError: they take more.
-        ValueError: a module without inputs, or no name in common; shapes that differ.
+        ValueError: a module without inputs, or no name in common; shapes that differ; ``tolerance`` below 0.
     """
+    if not (isinstance(tolerance, Real) and tolerance >= 0):
+        raise ValueError(f"tolerance is {tolerance!r}; give a number from 0, such as 1e-5")
     a, b = (run if isinstance(run, Mapping) else unwrapped(run)[""] for run in (a, b))
     modules = [run for run in (a, b) if isinstance(run, nn.Module)]
     widths: list[torch.dtype | None] = [torch.float32, torch.float64] if len(modules) == 2 else [None]
@@ -78,6 +81,8 @@ def compare(
         if not common:
             raise ValueError(f"a and b have no name in common: a has {list(ours)[:4]}, b has {list(theirs)[:4]}")
         for name in common:
+            if other := [each for each in (ours[name], theirs[name]) if not isinstance(each, Tensor)]:
+                raise ValueError(f"{name} is a {type(other[0]).__name__}, where a tensor was expected")
             largest, relative = _difference(name, ours[name], theirs[name])
             row = rows.setdefault(name, {"name": name, "shape": tuple(ours[name].shape)})
             run = "" if dtype is None else f"{dtype}, ".removeprefix("torch.")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluxlab.config import variant
+from fluxlab.config import variant, whole
 from fluxlab.extras import importing
 from fluxlab.model.rope import rope
 
@@ -60,11 +60,12 @@ def rotation(name: str = "flux-dev", positions: int = 64) -> Figure:
 
     Raises:
         ConfigError: no such variant.
+        ValueError: ``positions`` is not a whole number of at least 1.
     """
     config = variant(name).transformer
     made, panels = figure(1, len(config.axes_dim), (9.5, 3.4))
     for axes, dim, axis in zip(panels, config.axes_dim, ("index", "row", "column"), strict=True):
-        turn = rope(torch.arange(positions)[None], dim, config.theta)[0]  # L D/2 2 2
+        turn = rope(torch.arange(whole("positions", positions))[None], dim, config.theta)[0]  # L D/2 2 2
         _heat(axes, turn[..., 0, 0], f"{axis}: cos of {dim // 2} pairs", "pair of features", "position")
     made.suptitle(f"RoPE of {name}")
     return made
@@ -76,8 +77,8 @@ def tensor_map(tensor: Tensor, title: str = "") -> Figure:
     Raises:
         ValueError: it has no values.
     """
-    if not tensor.numel():
-        raise ValueError(f"tensor has shape {tuple(tensor.shape)}: there are no values to draw")
+    if not tensor.numel() or tensor.is_meta:
+        raise ValueError(f"tensor has shape {tuple(tensor.shape)} on {tensor.device}: there are no values to draw")
     matrix = torch.atleast_2d(tensor)
     while matrix.ndim > 2:
         matrix = matrix[0]

@@ -161,3 +161,11 @@ def test_what_has_no_numbers_is_said(model, inputs):
     with pytest.raises(ValueError, match="x is on the meta device"):
         fl.compare({"x": torch.empty(2, device="meta")}, {"x": torch.ones(2)})
     assert fl.compare({"x": torch.ones(0)}, {"x": torch.ones(0)}).first is None
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_what_cannot_be_compared_is_said():
+    with pytest.raises(ValueError, match="tolerance is 'a'; give a number from 0"):
+        fl.compare({"a": torch.ones(1)}, {"a": torch.ones(1)}, tolerance="a")
+    with pytest.raises(ValueError, match="a is a int, where a tensor was expected"):
+        fl.compare({"a": 3}, {"a": 3})

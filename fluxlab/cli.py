@@ -42,6 +42,10 @@ _EXPECTED: Any = (ValueError, OSError, ImportError, MemoryError, ArithmeticError
 _EXPECTED += (Image.DecompressionBombError, SyntaxError)  # of pictures
 
 
+def _warned(said: Warning | str, *_: Any) -> None:
+    typer.secho(" ".join(str(said).split()), err=True, fg="yellow")
+
+
 def _command(function: Callable[..., None]) -> None:
     """Make a function a command: a ~ in its paths is opened, and what goes wrong is one line, with exit code 2."""
 
@@ -49,7 +53,7 @@ def _command(function: Callable[..., None]) -> None:
     def run(**given: Any) -> None:
         try:
             with warnings.catch_warnings():
-                vars(warnings)["showwarning"] = lambda said, *_: typer.secho(f"fluxlab: {said}", err=True, fg="yellow")
+                vars(warnings)["showwarning"] = _warned
                 function(**{k: at(value) if isinstance(value, Path) else value for k, value in given.items()})
         except BrokenPipeError:  # whoever reads has seen enough
             raise

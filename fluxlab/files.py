@@ -102,7 +102,7 @@ class Tensors(Mapping):  # type: ignore[type-arg]  # of str to Tensor: said, a r
             pieces = (each.reshape(-1).split(2**20) for each in (cast, tensor))  # a copy in float32 may be large
             for after, before in zip(*pieces, strict=True):
                 if after.double().isfinite().sum() != before.double().isfinite().sum():
-                    wider = torch.bfloat16 if dtype == torch.float16 else torch.float64
+                    wider = torch.float64 if tensor.dtype == torch.float64 else torch.bfloat16
                     raise WeightsError(f"{self.path}: {name} has values that {dtype} cannot hold; take {wider}")
             return cast
 
@@ -137,7 +137,8 @@ class Checkpoint(Tensors):
 def _shards(path: Path) -> tuple[list[Path], Collection[str] | None]:
     """The files of a path: itself, those of an index, or in a folder the only ones; and the names that an index has."""
     if path.is_dir():
-        files = sorted(filter(is_index, path.iterdir())) or sorted(path.glob("*.safetensors"))
+        kinds = ("*.safetensors.index.json", "*.safetensors.index.*.json", "*.safetensors")  # the second of a variant
+        files = next((found for kind in kinds if (found := sorted(path.glob(kind)))), [])
         if len(files) != 1:
             said = f": {listed([file.name for file in files])}" if files else ""
             raise WeightsError(f"{path}: this folder has {len(files)} checkpoints{said}; give the path of one file")
@@ -216,16 +217,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
 
 
-def check_plain(name: str, tensor: object) -> None:
+def check_plain(name: str, tensor: Any) -> None:
     """
     Raises:
         WeightsError: it is no tensor that has plain values: not on the meta device, quantized, divided or sparse.
     """
-    if not isinstance(tensor, Tensor) or type(tensor) not in (Tensor, torch.nn.Parameter):
-        said = f"{name} is a {type(tensor).__name__}, where a plain tensor was expected"
-        raise WeightsError(f"{said}; undo what made it so, as quantize or shard")
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        advice = "; undo what made it so, as quantize or shard" if isinstance(tensor, Tensor) else ""
+        raise WeightsError(f"{name} is a {type(tensor).__name__}, where a plain tensor was expected{advice}")
     if tensor.is_meta or tensor.layout != torch.strided:
-        raise WeightsError(f"{name} is {'on the meta device' if tensor.is_meta else tensor.layout}: no values to write")
+        what = "on the meta device: it has no values" if tensor.is_meta else f"{tensor.layout}: it has no plain values"
+        raise WeightsError(f"{name} is {what} to write")
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -219,7 +219,7 @@ def test_what_is_wrong_is_said_before_weights_are_read(monkeypatch, tmp_path, op
 def test_a_warning_is_one_line_of_the_command(tmp_path):
     with warnings.catch_warnings(action="default"):
         said = run("generate", "a " * 60, "--steps", 1, "--output", tmp_path / "x.png").stderr
-    assert "fluxlab: prompt 'a a" in said
+    assert "prompt 'a a" in said
     assert "site-packages" not in said
 
 

@@ -495,6 +495,8 @@ def test_shards_of_a_variant_are_found_by_their_index(tmp_path):
     (tmp_path / "model.safetensors.index.fp16.json").write_text(json.dumps(index))
     for path in (tmp_path, tmp_path / "model.safetensors.index.fp16.json"):
         assert sorted(Checkpoint(path)) == ["w0", "w1"]
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"w0": "pytorch_model.bin"}}))
+    assert sorted(Checkpoint(tmp_path)) == ["w0", "w1"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -45,7 +45,8 @@ def explore(tape: Tape, words: list[str] | None = None) -> Explorer:
         raise ValueError("tape is empty; run the model inside the with block of capture first")
     if words and not tape.from_text:
         raise ValueError("words name the text's tokens, and capture's keys left those out; leave words out")
-    widths = [tape.forward(i)[name].shape[-1] for i in tape.captured for name in tape.forward(i) if "attention" in name]
+    found = [each for i in tape.captured for each in tape.forward(i).items()]
+    widths = [tensor.shape[-1] for name, tensor in found if name.endswith("attention")]
     if words and len(words) > min(widths, default=len(words)):
         raise ValueError(f"there are {len(words)} words, and capture's keys left {min(widths)} columns; give as many")
     with importing():

@@ -43,7 +43,7 @@ def summary(
 
     Raises:
         ConfigError: no such variant.
-        ValueError: a module without inputs.
+        ValueError: a module without inputs, or whose weights stay in their file; or what it says of its inputs.
     """
     with importing():
         import torchinfo
@@ -59,7 +59,7 @@ def summary(
     model = unwrapped(model)[""]
     if inputs is None:
         raise ValueError("inputs is None; give what the module is called with: FluxInputs, a dict or a tensor")
-    if any("stop_streaming" in vars(module) for module in model.modules()):
+    if any("streamed" in vars(module) for module in model.modules()):
         raise ValueError("model keeps its weights in their file; for its layers give the variant's name")
     given = inputs.kwargs() if isinstance(inputs, FluxInputs) else inputs
     device = next((p.device for p in model.parameters()), None)
@@ -68,7 +68,7 @@ def summary(
         with eagerly():
             found = torchinfo.summary(model, input_data=given, device=device, depth=depth, verbose=0)
     except RuntimeError as error:  # which says no more than that it failed
-        raise error.__cause__ or error from error.__cause__
+        raise error.__cause__ or error from None
     finally:
         for module, training in modes.items():
             module.training = training

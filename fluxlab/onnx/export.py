@@ -196,11 +196,10 @@ def _check(weights: Mapping[str, Tensor], model: Any) -> None:
     if problems := describe_difference(wanted, weights):
         raise ValueError(f"weights do not fit the part: {problems}")
     for name, shape in wanted.items():
-        check_plain(f"weights: {name}", weights[name])
-        if not weights[name].is_floating_point():
-            raise ValueError(f"weights: {name} is {weights[name].dtype}, where floating was expected")
-        if (found := tuple(weights[name].shape)) != shape:
-            raise ValueError(f"weights: {name} has shape {found}, and the part takes {shape}")
+        check_plain(f"weights: {name}", tensor := weights[name])
+        if not tensor.is_floating_point() or tuple(tensor.shape) != shape:
+            found = f"is {tensor.dtype} and has shape {tuple(tensor.shape)}"
+            raise ValueError(f"weights: {name} {found}, and the part takes floating of {shape}")
 
 
 def _write(

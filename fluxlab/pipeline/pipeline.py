@@ -242,9 +242,8 @@ class Pipeline:
             WeightsError: a file cannot be read, or does not fit the model; nothing is changed then.
             ValueError: a strength is no finite number.
         """
-        lora = Lora({"transformer": self.model, "clip": self.text.clip, "t5": self.text.t5}, files)
-        self.loras = [*(each for each in self.loras if each.on), lora]
-        return lora
+        self.loras.append(Lora({"transformer": self.model, "clip": self.text.clip, "t5": self.text.t5}, files))
+        return self.loras[-1]
 
     def to(self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Pipeline:
         """Move and cast every part, in place, with the arguments of a module's ``to``.

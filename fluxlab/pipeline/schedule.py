@@ -27,8 +27,9 @@ def schedule(num_steps: int, image_tokens: int, shift: bool = True) -> list[floa
     Without ``shift`` they fall evenly ([schnell]).
 
     Raises:
-        ValueError: one of the two is not a whole number of at least 1; or so many tokens that the times would not fall.
+        ValueError: one of the two is not a whole number of at least 1; or shifted times would not fall.
     """
-    num_steps, image_tokens = whole("num_steps", num_steps), whole("image_tokens", image_tokens, most=2**17)
+    num_steps = whole("num_steps", num_steps)
+    image_tokens = whole("image_tokens", image_tokens, most=2**17 if shift else 2**64)
     even = [1 - i / num_steps for i in range(num_steps)] + [0.0]
     return [shift_time(t, shift_mu(image_tokens)) for t in even] if shift else even

@@ -210,7 +210,7 @@ def _release(handle: Handle, pipe: Pipeline, layers: list[Any]) -> None:
 
 
 def _restore(module: nn.Module, stop: Callable[[], None], tensors: Tensors, device: torch.device | str) -> None:
-    if "stop_streaming" not in vars(module):  # other weights were loaded since
+    if vars(module).get("stop_streaming") is not stop:  # other weights were loaded since
         return
     stop()
     module.load_state_dict({name: tensors[name].to(device) for name in module.state_dict()}, assign=True)

@@ -64,12 +64,18 @@ def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
     now: Any = None
     lock = Lock()  # what is kept is of one forward at a time
     skipping, patched, middle = False, False, torch.empty(0)
-    whole, begins = pipe.model.forward, getattr(pipe.model, "loop_begins", None)
+    whole = pipe.model.forward
 
-    def begin(*told: Any) -> None:
-        kept.clear()
-        if begins is not None:
-            begins(*told)
+    def clears(name: str) -> None:
+        """At another loop or other weights nothing is kept."""
+        own = getattr(pipe.model, name, None)
+
+        def told(*what: Any) -> None:
+            kept.clear()
+            if own is not None:
+                own(*what)
+
+        handle.put(pipe.model, told, name)
 
     def forward(*args: Any, **given: Any) -> Tensor:
         nonlocal now, skipping
@@ -120,7 +126,8 @@ def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
         return block
 
     handle.put(pipe.model, forward)
-    handle.put(pipe.model, begin, "loop_begins")
+    clears("loop_begins")
+    clears("weights_change")
     handle.put(doubles[0], first(doubles[0].forward))
     for block in doubles[1:]:
         handle.put(block, other(block.forward))

@@ -52,12 +52,12 @@ def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
     def restore() -> None:
         now = (ends[0].weight.device, ends[0].weight.dtype)
         for linear, weight in zip(linears, before, strict=True):
+            vars(linear).pop("extra_repr", None)  # torchao's
             if type(linear.weight) is nn.Parameter:  # others were loaded since
                 continue
             if now != was:  # moved or cast since
                 weight.data = weight.data.to(*now)
             linear.weight = weight
-            vars(linear).pop("extra_repr", None)  # torchao's
 
     try:
         with quiet(), warnings.catch_warnings():

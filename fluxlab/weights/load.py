@@ -73,6 +73,7 @@ def fill(module: Module, tensors: Tensors, device: torch.device | str, low_memor
                 raise WeightsError(f"{tensors.path}: no file holds {name}; make the module on a device that has memory")
             places = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape) if held is None else held
             module.get_submodule(owner).register_buffer(own, places, persistent=held is not None)
+    getattr(module, "weights_change", lambda: None)()  # what computes ahead from them
     return module.eval().requires_grad_(False)
 
 
@@ -129,9 +130,9 @@ def opened(
 def _narrowest(tensors: Tensors) -> torch.dtype | None:
     held = {entry.dtype for entry in tensors.entries.values()}
     eight_bits = {torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.bfloat16}  # torch promotes no float8
-    if len(held) == 1 and not held & eight_bits.keys():
-        return None
-    return reduce(torch.promote_types, (eight_bits.get(each, each) for each in held))
+    if len(held) > 1 or held & eight_bits.keys():
+        return reduce(torch.promote_types, (eight_bits.get(each, each) for each in held))
+    return None
 
 
 def _encoder(part: Part, wanted: Shapes) -> Tensors:

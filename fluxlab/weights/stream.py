@@ -52,23 +52,24 @@ def stream(module: nn.Module, tensors: Tensors, device: torch.device | str = "cp
         for name, path in names[layer].items():
             setattr(layer, name, nn.Parameter(tensors.entries[path], requires_grad=False))
 
-    def refuse_a_copy(_: dict[int, Any]) -> None:
-        raise ValueError("a model whose weights stay in their file cannot be copied: load it again")
+    def refuse_a_copy(_: int) -> None:
+        raise ValueError("a model whose weights stay in their file cannot be copied or pickled: load it again")
 
-    vars(module)["__deepcopy__"] = refuse_a_copy
+    def stop() -> None:
+        for hook in hooks:
+            hook.remove()
+        for layer in module.modules():
+            vars(layer).pop("streamed", None)
+        for name in ("__reduce_ex__", "stop_streaming"):
+            vars(module).pop(name, None)
+
+    vars(module).update(__reduce_ex__=refuse_a_copy, stop_streaming=stop)
     for path, layer in module.named_modules():
-        vars(layer)["stop_streaming"] = lambda: stop()
+        vars(layer)["streamed"] = True
         names[layer] = {name: f"{path}.{name}".lstrip(".") for name, _ in layer.named_parameters(recurse=False)}
         if names[layer]:
             go(layer)
             hooks.append(layer.register_forward_pre_hook(come))
             hooks.append(layer.register_forward_hook(go, always_call=True))
-
-    def stop() -> None:
-        for hook in hooks:
-            hook.remove()
-        vars(module).pop("__deepcopy__", None)
-        for layer in module.modules():
-            vars(layer).pop("stop_streaming", None)
 
     return stop

@@ -14,7 +14,6 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-import fluxlab as fl
 from tests.browser import Browser, needed, wait_for
 
 pytestmark = needed
@@ -88,10 +87,3 @@ def test_choosing_another_tensor_changes_the_picture(lab, tmp_path):
             assert browser.value(PICTURES) == 1
     finally:
         browser.close()
-
-
-def test_more_words_than_columns_are_refused(tiny):
-    with fl.capture(tiny.model, "*attention", keys=slice(0, 4)) as tape:
-        tiny("a", num_steps=1, height=64, width=64, progress=False)
-    with pytest.raises(ValueError, match="there are 8 words, and capture's keys left 4 columns"):
-        fl.explore(tape, list("abcdefgh"))

@@ -135,3 +135,10 @@ def test_words_need_the_columns_of_the_text(tiny, tmp_path):
     for each in (tape, fl.Tape.load(tmp_path / "x.safetensors")):
         with pytest.raises(ValueError, match="words name the text's tokens"):
             explore(each, ["a", "red"])
+
+
+def test_more_words_than_columns_are_refused(tiny):
+    with fl.capture(tiny.model, "*attention", keys=slice(0, 4)) as tape:
+        tiny("a", num_steps=1, height=64, width=64, progress=False)
+    with pytest.raises(ValueError, match="there are 8 words, and capture's keys left 4 columns"):
+        fl.explore(tape, list("abcdefgh"))

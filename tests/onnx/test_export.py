@@ -492,7 +492,7 @@ def test_half_of_a_vae_is_given_by_its_own_state(tmp_path, tiny):
 def test_what_has_no_numbers_is_not_written(tmp_path, monkeypatch):
     names = fl.build("flux-tiny-dev").state_dict()
     for weights in (fl.build("flux-tiny-dev", "meta").state_dict(), dict.fromkeys(names)):
-        with pytest.raises(ValueError, match=r"is on the meta device: no values|is a NoneType, where a plain tensor"):
+        with pytest.raises(ValueError, match=r"is on the meta device: it has no|is a NoneType, where a plain"):
             fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=weights)
     dev = fl.VARIANTS["flux-dev"]
     monkeypatch.setitem(fl.VARIANTS, "flux-dev", replace(dev, transformer=replace(dev.transformer, qkv_bias=False)))
@@ -514,7 +514,10 @@ def test_a_flat_file_has_a_shape_on_every_edge_and_none_of_what_went(tmp_path, p
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     weights = fl.build("flux-tiny-dev").state_dict()
-    with pytest.raises(ValueError, match=r"img_in.weight has shape \(1, 64\), and the part takes \(128, 64\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"has shape \(1, 64\), and the part takes floating of \(128, 64\)",
+    ):
         fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=weights | {"img_in.weight": torch.zeros(1, 64)})
     del weights["final_layer.linear.bias"]
     with pytest.raises(ValueError, match=r"do not fit the part: .*final_layer.linear.bias"):
@@ -527,7 +530,7 @@ def test_quantized_weights_are_not_exported_as_others(tmp_path, tiny):
     with fl.speed.quantize(pipe), pytest.raises(ValueError, match=r"is a .*Tensor, where a plain tensor was expected"):
         fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=pipe.model.state_dict())
     whole = {name: tensor.int() for name, tensor in tiny.model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"is torch.int32, where floating was expected"):
+    with pytest.raises(ValueError, match=r"is torch.int32 and has shape .*, and the part takes floating of"):
         fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", weights=whole)
     assert not list(tmp_path.iterdir())
 

@@ -47,3 +47,4 @@ def test_more_tokens_than_a_schedule_can_tell_apart_are_refused():
         fl.schedule(50, 200_704)
     times = fl.schedule(1000, 2**17)
     assert all(a > b for a, b in itertools.pairwise(times))
+    assert fl.schedule(4, 10**7, shift=False) == [1, 0.75, 0.5, 0.25, 0]

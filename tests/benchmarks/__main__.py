@@ -8,6 +8,8 @@ import argparse
 import warnings
 from pathlib import Path
 
+import torch
+
 from tests.benchmarks import blocks, chapters, cold, loops, memory, versions
 from tests.benchmarks.timing import machine, write
 
@@ -33,6 +35,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=SECTIONS, help="some sections, and no file")
     parser.add_argument("--output", type=Path, default=Path("exported/bench.json"))
     asked = parser.parse_args()
+    if " " in torch.__file__ and not {"compiled", "tiny"}.isdisjoint(asked.only or SECTIONS):
+        parser.error(f"PyTorch's compiler cannot link from {torch.__file__!r}, a path with a space; clone elsewhere")
     warnings.simplefilter("ignore")
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     if asked.versions:

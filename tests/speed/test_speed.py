@@ -674,3 +674,12 @@ def test_loading_one_layer_leaves_the_others_streaming():
     assert far(painted(low), expected) < 1e-9
     with pytest.raises(ValueError, match="cannot be copied or pickled: load it again"):
         pickle.dumps(low.model)
+
+
+def test_a_path_with_a_space_is_told_before_the_compiler_fails(pipe, monkeypatch):
+    """Its linker takes the two halves for two files."""
+    monkeypatch.setattr(torch, "__file__", "/home/me/flux lab/torch/__init__.py")
+    with pytest.warns(UserWarning, match="flux lab.*its compiler may fail; install it elsewhere"):
+        fl.speed.compile(pipe).undo()
+    with warnings.catch_warnings(action="error"), fl.speed.compile(pipe, backend="eager"):
+        pass

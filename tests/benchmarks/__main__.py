@@ -1,6 +1,6 @@
 """``make bench``: one table, and exported/bench.json with the machine it was measured on.
 
-``--quick`` takes some three minutes; ``--course`` adds each chapter's seconds and memory; ``--versions``
+``--quick`` takes some five minutes; ``--course`` adds each chapter's seconds and memory; ``--versions``
 writes a page of pictures beside what they cost. Run it on a quiet machine.
 """
 

@@ -45,7 +45,6 @@ def test_generate_paints_in_tiles(tmp_path, tiny):
     [
         (["--variant", "flux-tny"], "unknown variant"),
         (["--variant", "flux-dev"], "give source="),
-        (["--width", "100"], "width is 100"),
         (["--output", "nowhere/x.png"], "there is no folder nowhere"),
         (["--output", "picture"], "give the name of a picture, such as picture.png"),
         (["--output", "picture.xyz"], "give the name of a picture"),
@@ -210,9 +209,10 @@ def test_pictures_that_cannot_be_taken_are_a_sentence_before_any_work(tmp_path):
 def test_what_is_wrong_is_said_before_weights_are_read(monkeypatch, tmp_path, options, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fluxlab.pipeline.load.fill", lambda *_: pytest.fail("weights were read"))
-    result = CliRunner().invoke(app, ["generate", "a", *options])
+    result = run("generate", "a", *options)
     assert result.exit_code == 2
     assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("as_users_run_it")
@@ -224,4 +224,4 @@ def test_a_warning_is_one_line_of_the_command(tmp_path):
 
 
 def test_no_depth_is_below_zero():
-    assert "depth is -1" in CliRunner().invoke(app, ["summary", "--depth", "-1"]).stderr
+    assert "depth is -1" in run("summary", "--depth", -1).stderr

@@ -27,7 +27,7 @@ def modulation_ahead(pipe: Pipeline, release: bool = False) -> Handle:
     vector that steers and all shifts, scales and gates; and once ``txt_in``'s tokens and the rotation. The forward
     knows no step: it is found by its time, among the loops prepared for this prompt, which have the same ``txt``,
     ``y``, ids and guidance. What was not prepared, as several times at once, runs as ever, and so does what is to have
-    gradients, and the rest of a loop in which a LoRA was changed. Values differ by rounding,
+    gradients, and the rest of a loop in which a LoRA changed or weights were loaded. Values differ by rounding,
     since a product of many rows may sum in another order.
 
     What is not computed in the forward cannot be captured there, and ``capture`` says so: ``time_in``,

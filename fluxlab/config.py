@@ -297,4 +297,4 @@ def variant(name: str) -> Variant:
         raise ConfigError(f"of {name} the transformer alone is here: fl.build({name!r}, device='meta'), and the tables")
     near = difflib.get_close_matches(str(name), VARIANTS, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? All of them" if near else "there are"
-    raise ConfigError(f"unknown variant {name!r}; {hint}: {', '.join(VARIANTS)}")
+    raise ConfigError(f"unknown variant {name!r:.60}; {hint}: {', '.join(VARIANTS)}")

@@ -30,15 +30,13 @@ class WeightsError(ValueError):
 
 
 def at(path: str | Path) -> Path:
-    """A path whose ~ is opened.
-
-    Raises:
-        WeightsError: it is no path.
-    """
+    """A path whose ~ is opened; a ``WeightsError`` where it is none, or the system refuses to look at it."""
     try:
-        return Path(os.path.expanduser(path))  # Path's own raises where there is no such user
-    except TypeError as error:
-        raise WeightsError(f"{path!r} is no path of a file or a folder") from error
+        opened = Path(os.path.expanduser(path))  # Path's own raises where there is no such user
+        opened.exists()  # which raises where a name is too long, or a folder is closed
+    except (TypeError, OSError) as error:
+        raise WeightsError(f"{path!r} is no path of a file or a folder ({error})") from error
+    return opened
 
 
 class Tensors(Mapping):  # type: ignore[type-arg]  # of str to Tensor: said, a runtime checker would read one to see
@@ -85,25 +83,23 @@ class Tensors(Mapping):  # type: ignore[type-arg]  # of str to Tensor: said, a r
         """With the floating ones of a dtype; of None, as they are.
 
         Raises:
-            WeightsError: no floating dtype; and when a tensor is read, one of its values would become infinite.
+            WeightsError: no floating dtype of two bytes and more; when a tensor is read, a value would become infinite.
         """
         if dtype is None:
             return self
-        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise WeightsError(f"dtype is {dtype!r}; give a floating dtype, such as torch.bfloat16")
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+            raise WeightsError(f"dtype is {dtype!r}; give a floating dtype of 16 bits or more, such as torch.bfloat16")
         entries = {name: e.to(dtype) if e.is_floating_point() else e for name, e in self.entries.items()}
         mapped = self.mapped and all(entries[name].dtype == e.dtype for name, e in self.entries.items())
 
         def read(name: str) -> Tensor:
             tensor = self[name]
             cast = tensor.to(entries[name].dtype)
-            if cast.dtype == tensor.dtype or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
-                return cast
-            pieces = (each.reshape(-1).split(2**20) for each in (cast, tensor))  # a wider copy may be large
-            wide, wider = 2 * [torch.float64] if tensor.dtype == torch.float64 else (torch.float32, torch.bfloat16)
-            for after, before in zip(*pieces, strict=True):
-                if after.to(wide).isfinite().sum() != before.to(wide).isfinite().sum():
-                    raise WeightsError(f"{self.path}: {name} has values that {dtype} cannot hold; take {wider}")
+            narrower = cast.dtype != tensor.dtype and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+            pieces = (each.reshape(-1).split(2**20) for each in (cast, tensor))  # what isfinite makes may be large
+            if narrower and any(not a.isfinite().equal(b.isfinite()) for a, b in zip(*pieces, strict=True)):
+                wider = torch.float64 if tensor.dtype == torch.float64 else torch.bfloat16
+                raise WeightsError(f"{self.path}: {name} has values that {dtype} cannot hold; take {wider}")
             return cast
 
         return Tensors(self.path, entries, read, self.metadata, mapped)
@@ -137,18 +133,20 @@ class Checkpoint(Tensors):
 def _shards(path: Path) -> tuple[list[Path], Collection[str] | None]:
     """The files of a path: itself, those of an index, or in a folder the only ones; and the names that an index has."""
     if path.is_dir():
-        kinds = ("*.safetensors.index.json", "*.safetensors.index.*.json", "*.safetensors")  # the second of a variant
-        files = next((found for kind in kinds if (found := sorted(path.glob(kind)))), [])
+        kinds = (".safetensors.index.json", ".safetensors.index.*.json", ".safetensors")  # the second of a variant
+        files = next((found for kind in kinds if (found := sorted(path.glob(f"[!.]*{kind}")))), [])
         if len(files) != 1:
-            said = f": {listed([file.name for file in files])}" if files else ""
-            raise WeightsError(f"{path}: this folder has {len(files)} checkpoints{said}; give the path of one file")
+            there = listed([file.name for file in files or sorted(path.iterdir())]) or "nothing"
+            raise WeightsError(
+                f"{path}: this folder has {len(files)} checkpoints (it holds {there}); give the path of one file"
+            )
         path = files[0]
     if is_index(path):
         try:
             promised = read_json(path)["weight_map"]
             shards = {path.parent / file for file in promised.values()}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise WeightsError(f"{path}: not an index of shards ({error!r})") from error
+            raise WeightsError(f"{path}: not an index of shards ({error})") from error
         if absent := sorted(file.name for file in shards if not file.exists()):
             raise WeightsError(f"{path}: names {len(absent)} files that are not there: {listed(absent)}; fetch them")
         return sorted(shards), promised
@@ -206,12 +204,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises:
         WeightsError: the folder is not there, or the path is one itself.
     """
-    path = at(path)
+    path = at(path).resolve()  # of a link, what it leads to
     if path.is_dir():
         raise WeightsError(f"{path} is a folder; give the path of a file in it")
     if not path.parent.is_dir():
         raise WeightsError(f"{path}: there is no folder {path.parent}; make it first")
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:40]}.") as folder:
         temporary = Path(folder) / path.name
         yield temporary
         os.replace(temporary, path)
@@ -223,11 +221,13 @@ def check_plain(name: str, tensor: Any) -> None:
         WeightsError: it is no tensor that has plain values: not on the meta device, quantized, divided or sparse.
     """
     if type(tensor) not in (Tensor, torch.nn.Parameter):
-        advice = "; undo what made it so, as quantize or shard" if isinstance(tensor, Tensor) else ""
-        raise WeightsError(f"{name} is a {type(tensor).__name__}, where a plain tensor was expected{advice}")
+        said = f"{name} is a {type(tensor).__name__}, where a plain tensor was expected"
+        raise WeightsError(f"{said}; undo what made it so, as quantize or shard")
     if tensor.is_meta or tensor.layout != torch.strided:
         what = "on the meta device: it has no values" if tensor.is_meta else f"{tensor.layout}: it has no plain values"
         raise WeightsError(f"{name} is {what} to write")
+    if tensor.dtype == torch.complex128:
+        raise WeightsError(f"{name} is complex128, which safetensors cannot hold; give torch.complex64")
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -257,9 +257,7 @@ def stream_tensors(
 
     Source: the safetensors format: eight bytes of length, a header in JSON, the values one after the other.
     """
-    header: dict[str, Any] = {
-        "__metadata__": {"format": "pt"} | {key: str(value) for key, value in (metadata or {}).items()}
-    }
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | {k: str(v) for k, v in (metadata or {}).items()}}
     end = 0
     for name, entry in entries.items():
         start, end = end, end + entry.numel() * entry.itemsize
@@ -273,7 +271,7 @@ def stream_tensors(
             if (given, tensor.shape, tensor.dtype) != (name, entry.shape, entry.dtype):
                 wanted = f"{name} of {entry.dtype} {list(entry.shape)}"
                 raise WeightsError(f"{given} of {tensor.dtype} {list(tensor.shape)} came, where {wanted} was expected")
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.write(tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

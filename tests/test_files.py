@@ -389,7 +389,7 @@ def test_only_what_can_be_a_hub_name_is_asked_for_there(tmp_path, monkeypatch, s
 @pytest.mark.usefixtures("as_users_run_it")
 def test_a_dtype_that_is_no_floating_dtype_of_torch_is_refused():
     for dtype in ("bfloat16", torch.int8, torch.float8_e4m3fn):
-        with pytest.raises(ValueError, match=r"dtype is .*; give a floating dtype of torch"):
+        with pytest.raises(ValueError, match=r"dtype is .*; give a floating dtype of 16 bits or more"):
             fl.load("flux-tiny-dev", dtype=dtype)
 
 
@@ -412,7 +412,7 @@ def test_eight_bit_floats_are_read(checkpoint):
 def test_an_empty_folder_is_refused(tmp_path):
     folder = tmp_path / "model.safetensors"
     folder.mkdir()
-    with pytest.raises(fl.WeightsError, match="this folder has 0 checkpoints; give the path of one file"):
+    with pytest.raises(fl.WeightsError, match=r"this folder has 0 checkpoints .it holds nothing.; give the path"):
         fl.load_weights(on_meta(), folder)
 
 
@@ -512,3 +512,57 @@ def test_what_has_no_plain_values_is_not_written(tmp_path):
         with pytest.raises(fl.WeightsError, match=r"a is (a ndarray|torch.sparse_coo|on the meta device)"):
             write_tensors({"a": odd}, tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_paths_that_the_system_refuses(tmp_path, checkpoint):
+    _, path = checkpoint
+    long = tmp_path / ("x" * 5000)
+    for use in (lambda: fl.load("flux-dev", long), lambda: fl.load_weights(on_meta(), long)):
+        with pytest.raises(fl.WeightsError, match=r"is no path of a file or a folder .*name too long"):
+            use()
+    for name in ("x" * 240 + ".safetensors", "ü" * 120 + ".safetensors"):  # as long as a name may be
+        write_tensors({"a": torch.ones(2)}, tmp_path / name)
+        assert torch.equal(Checkpoint(tmp_path / name)["a"], torch.ones(2))
+    for device in ("gpu", "hpu", "CPU", "cuda:99"):
+        with pytest.raises(ValueError, match=r"device is '.*', which cannot be used here") as said:
+            fl.load_weights(on_meta(), path, device=device)
+        assert len(str(said.value)) < 400
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
+    real, link = tmp_path / "real.safetensors", tmp_path / "link.safetensors"
+    write_tensors({"a": torch.zeros(2)}, real)
+    link.symlink_to(real)
+    write_tensors({"a": torch.ones(2)}, link)
+    assert link.is_symlink()
+    assert torch.equal(Checkpoint(real)["a"], torch.ones(2))
+
+
+def test_a_folder_says_what_it_holds(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(fl.WeightsError, match=r"this folder has 0 checkpoints .it holds model\.gguf.; give the path"):
+        Checkpoint(tmp_path)
+    write_tensors({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    (tmp_path / "._x.safetensors").write_bytes(b"left by another system")
+    assert list(Checkpoint(tmp_path)) == ["a"]
+
+
+def test_numbers_as_they_are_seen_are_written(tmp_path):
+    """A view that conjugates or negates; and what safetensors has no name for is refused."""
+    z = torch.tensor([1 + 2j, 3 - 4j])
+    write_tensors({"conj": z.conj(), "neg": z.conj().imag}, tmp_path / "x.safetensors")
+    found = Checkpoint(tmp_path / "x.safetensors")
+    assert torch.equal(found["conj"], torch.tensor([1 - 2j, 3 + 4j]))
+    assert torch.equal(found["neg"], torch.tensor([-2.0, 4.0]))
+    with pytest.raises(fl.WeightsError, match="a is complex128, which safetensors cannot hold"):
+        write_tensors({"a": z.to(torch.complex128)}, tmp_path / "y.safetensors")
+
+
+def test_what_would_end_at_the_largest_of_eight_bits_is_refused(checkpoint, tmp_path):
+    """There a value too large becomes the largest, in silence."""
+    _, path = checkpoint
+    with pytest.raises(
+        fl.WeightsError, match=r"dtype is torch\.float8_e4m3fn; give a floating dtype of 16 bits or more"
+    ):
+        fl.load_weights(on_meta(), path, dtype=torch.float8_e4m3fn)

@@ -5,6 +5,7 @@ Axes: batch B, heads H, tokens L, head width D.
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -54,7 +55,11 @@ def attention_weights(
 def tokens_of(chosen: Range, tokens: int, text: int | None) -> slice:
     """The tokens that a slice or a word stands for, where ``text`` of ``tokens`` are the text's."""
     if chosen is None or isinstance(chosen, slice):
-        return chosen or slice(None)
+        chosen = chosen or slice(None)
+        counted = all(part is None or isinstance(part, Integral) for part in (chosen.start, chosen.stop, chosen.step))
+        if not counted or (chosen.step is not None and chosen.step < 1):
+            raise ValueError(f"queries and keys are slices of whole numbers that go forward; got {chosen!r}")
+        return chosen
     if chosen not in ("text", "image"):
         raise ValueError(f"queries and keys are a slice, 'text' or 'image'; got {chosen!r}")
     if text is None:

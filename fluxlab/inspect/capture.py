@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from fluxlab.extras import check_place
 from fluxlab.inspect.attention import Range, attention_weights, tokens_of
 from fluxlab.inspect.looker import Looker
 from fluxlab.inspect.names import Names, choose, unwrapped
@@ -60,13 +61,12 @@ def capture(
 
     Raises:
         ValueError: a name picks nothing; ``limit`` is no number above 0; heads or tokens that the model does not have,
-            or of no attention; a dtype that holds no fractions; a tensor made outside the model's forward; at the end
-            of the block, a model that did not run in it, a forward that was asked for and not run, or a name that no
-            forward made.
+            or of no attention; no such device here, or no floating dtype of 16 bits or more; a tensor made outside the
+            model's forward; at the end of the block, a model that did not run in it, a forward that was asked for and
+            not run, or a name that no forward made.
         MemoryError: the tape would grow above the limit.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype is {dtype!r}; give a floating dtype of torch, such as torch.float16")
+    check_place("cpu" if device is None else device, dtype)
     if not (isinstance(limit, Real) and limit > 0):
         raise ValueError(f"limit is {limit!r}; give the GiB that the tape may hold, such as 4")
     heads, forwards = _counted("heads", heads), _counted("forwards", forwards)

@@ -99,7 +99,8 @@ def _difference(name: str, a: Tensor, b: Tensor) -> tuple[float, float]:
         raise ValueError(f"{name} is on the meta device, which has shapes and no numbers to compare")
     if not a.numel():
         return 0.0, 0.0
-    a, b = a.detach().cpu().double(), b.detach().cpu().double()
+    wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+    a, b = (each.detach().cpu().to(wide) for each in (a, b))
     largest, size = (a - b).abs().max().item(), a.abs().max().item()
     return largest, largest / size if size else largest
 
@@ -116,7 +117,8 @@ def _tensors(
     if isinstance(inputs, Tensor):
         raise ValueError('inputs is a tensor; a module is called with several, by name, so give {"x": tensor}')
     module = run if dtype is None else copy.deepcopy(run).eval()
-    given = dict(inputs.kwargs() if isinstance(inputs, FluxInputs) else inputs)
+    named = inputs.kwargs() if isinstance(inputs, FluxInputs) else inputs
+    given = {name: tensor for name, tensor in named.items() if tensor is not None}
     if dtype is not None:
         module = module.to(dtype)
         given = {name: t.to(dtype) if t.is_floating_point() else t for name, t in given.items()}

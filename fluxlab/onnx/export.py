@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fluxlab.config import Variant, variant, whole
+from fluxlab.config import VERSION, Variant, variant, whole
 from fluxlab.extras import importing, quiet
 from fluxlab.files import Tensors, at, check_plain, describe_difference, replacing
 from fluxlab.weights.find import Files, find_files
@@ -58,7 +58,7 @@ def export_onnx(
         path: of the file to write.
         part: which part. The text encoders, t5 and clip, are not written as functions, and only with their weights.
         weights: whether to write the numbers too, from the variant's files; or the tensors themselves, by their names
-            in the part's ``state_dict``.
+            in the part's ``state_dict``, in which a LoRA is once it is merged.
         source: where the weights are, as ``fl.load`` takes it.
         dtype: of weights and features: float32, float16 or bfloat16, which onnxruntime runs on GPUs alone.
         opset: 23 or 24 has norms, rotation and attention as single operators; 17 to 22 spell them out. The text
@@ -72,8 +72,8 @@ def export_onnx(
     Raises:
         ConfigError: no such variant.
         ValueError: no such part, dtype or opset; text encoders without weights, or quantized; a source and no weights;
-            weights that do not fit, or are too large for the dtype; a transformer without biases of q, k and v, or a
-            VAE in bfloat16 below opset 22.
+            weights that do not fit, are not finite, or are too large for the dtype; a transformer without biases of q,
+            k and v, or a VAE in bfloat16 below opset 22.
         WeightsError: weights that are asked for are not found.
         FileNotFoundError: there is no folder to write to.
         IsADirectoryError: ``path`` is a folder.
@@ -231,8 +231,9 @@ def _write(
 
 def _bytes(name: str, tensor: Tensor, dtype: torch.dtype) -> memoryview:
     cast = tensor.detach().to("cpu", dtype)
-    if cast.isinf().any() and not tensor.isinf().any():
-        raise ValueError(f"weights: {name} has values that {dtype} cannot hold; take bfloat16")
+    if not cast.isfinite().all():
+        why = f"that {dtype} cannot hold; take bfloat16" if tensor.isfinite().all() else "that are not finite"
+        raise ValueError(f"weights: {name} has values {why}")
     return cast.contiguous().view(torch.uint8).numpy().data
 
 
@@ -256,6 +257,7 @@ def _write_text_encoder(
     outputs = program.model.graph.outputs
     outputs[:] = outputs[-1:]  # T5's only one, and CLIP's pooled one
     outputs[0].name = called
+    program.model.metadata_props.update({"name": part, "variant": chosen.name, "version": VERSION})
     with replacing(target) as temporary:
         program.save(str(temporary), external_data=False)
         data = temporary.with_name(f"{target.name}.data")  # large weights are put there whatever is asked for

@@ -4,7 +4,6 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from math import isfinite
 from numbers import Real
 from typing import Any
 
@@ -37,19 +36,6 @@ def as_texts(name: str, value: Any) -> list[str]:
     if wrong := [each for each in texts if not isinstance(each, str) or re.search("[\ud800-\udfff]", each)]:
         raise ValueError(f"{name} is {wrong[0]!r}; give text")
     return texts
-
-
-def check_place(device: Any, dtype: torch.dtype | None) -> None:
-    """
-    Raises:
-        ValueError: no such device here, or no floating dtype of two bytes and more.
-    """
-    try:
-        torch.empty(0, device=torch.device(device))
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device is {str(device)!r}, which cannot be used here ({error})") from error
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
-        raise ValueError(f"dtype is {dtype!r}; give a floating dtype of torch, such as torch.bfloat16")
 
 
 def finite(tensor: Tensor, what: str) -> Tensor:
@@ -132,13 +118,22 @@ def check_guidance(guidance: float | None, true_cfg: float, negative_prompt: str
     """
     if guidance is not None and not (isinstance(guidance, Real) and abs(guidance) <= torch.finfo(torch.float32).max):
         raise ValueError(f"guidance is {guidance!r}; it must be a finite number, such as 3.5")
-    if not (isinstance(true_cfg, Real) and true_cfg >= 1 and isfinite(true_cfg)):
+    if not (isinstance(true_cfg, Real) and 1 <= true_cfg <= torch.finfo(torch.float32).max):
         raise ValueError(f"true_cfg is {true_cfg!r}; it must be at least 1, where it is off")
     if negative_prompt is not None and true_cfg == 1:
         raise ValueError("negative_prompt has no effect while true_cfg is 1; give a true_cfg above 1, such as 3")
     if negative_prompt is not None and not isinstance(negative_prompt, str):
         raise ValueError(f"negative_prompt is {negative_prompt!r}; give one string, which serves every picture")
     as_texts("negative_prompt", negative_prompt or "")
+
+
+def check_callback(callback: object) -> None:
+    """
+    Raises:
+        ValueError: it cannot be called.
+    """
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback is {callback!r}; give a function that takes a Step")
 
 
 def first_step(
@@ -149,7 +144,7 @@ def first_step(
     Raises:
         ValueError: the strength is out of its range, has no use, or leaves nothing of the image.
     """
-    if strength is not None and not (isinstance(strength, Real) and 0 < float(strength) <= 1):
+    if strength is not None and not (isinstance(strength, Real) and not strength <= 0 and strength <= 1):
         raise ValueError(f"strength is {strength!r}; it must be above 0 and at most 1, where nothing of image is left")
     if image is None and strength is not None:
         why = "this model is shown the image and starts from noise" if shown else "there is no image to start from"
@@ -171,8 +166,9 @@ def as_weights(strength: float | Sequence[float] | None, number: int) -> list[fl
     Raises:
         ValueError: one is no finite number, or there are not as many as pictures.
     """
-    weights = as_list("strength", 1.0 if strength is None else strength)
+    weights: list[float] = as_list("strength", 1.0 if strength is None else strength)
     weights = weights * number if len(weights) == 1 else weights
-    if len(weights) != number or not all(isinstance(each, Real) and isfinite(each) for each in weights):
+    finite = all(isinstance(each, Real) and abs(each) <= torch.finfo(torch.float32).max for each in weights)
+    if len(weights) != number or not finite:
         raise ValueError(f"strength is {strength!r}; give one finite number, or one for each of {number} pictures")
     return [float(each) for each in weights]

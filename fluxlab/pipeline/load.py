@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from fluxlab.config import variant
+from fluxlab.extras import check_place
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
-from fluxlab.pipeline.checks import check_place
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.pipeline.redux import Redux
 from fluxlab.pipeline.text import TextEncoders, tokenizer

@@ -68,7 +68,7 @@ def as_seen(image: Image.Image, name: str = "image", ground: str = "white") -> I
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image.convert("RGBA"))
         return image.convert("RGB")
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{name} has mode {image.mode!r} ({error}); bring it to RGB first") from error
 
 

@@ -15,14 +15,15 @@ from PIL import Image
 from torch import Tensor
 
 from fluxlab.config import Variant, whole
+from fluxlab.extras import check_place
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.checks import (
     as_batch,
     as_list,
     as_weights,
+    check_callback,
     check_guidance,
-    check_place,
     check_shown,
     first_step,
     starts_from,
@@ -56,7 +57,7 @@ class Pipeline:
     lora: Lora | None = None  # that it was loaded with
     redux: Redux | None = None  # tells it pictures as text
     files: Files | None = None  # that it was loaded from
-    loras: list[Lora] = field(default_factory=list)  # what add_lora put on
+    loras: list[Lora] = field(default_factory=list)  # that add_lora put on and that are on
     speedups: list[Any] = field(default_factory=list)  # what fluxlab.speed put on, in that order
 
     @torch.no_grad()
@@ -130,6 +131,7 @@ class Pipeline:
         weights = as_weights(strength, len(images)) if self.redux else None
         start, strength = first_step(num_steps, begun, None if weights else strength, shown=bool(images))
         check_guidance(guidance, true_cfg, negative_prompt)
+        check_callback(callback)
         guidance = self._guidance(guidance)
         times = schedule(num_steps, math.prod(grid(height, width)), shift=self.variant.time_shift)
         pixels = None if begun is None else as_pixels(begun, height, width)
@@ -160,7 +162,7 @@ class Pipeline:
         used: dict[str, Any] = {"steps": num_steps, "guidance": guidance, "true_cfg": true_cfg, "tiled": tiled or None}
         used |= {"speed": "; ".join(map(str, self.speedups)) or None, "negative_prompt": negative_prompt}
         used |= {"strength": weights or strength, "size": f"{width}x{height}", "variant": self.variant.name}
-        on = [each for lora in self.loras if lora.on for each in lora.strengths.items()]
+        on = [each for lora in self.loras for each in lora.strengths.items()]
         used["lora"] = "; ".join(f"{Path(file).name} at {by:g}" for file, by in on) or None
         for picture, text, number in zip(pictures, prompts, seeds, strict=True):
             picture.info.update(made_by({"prompt": text, "seed": number} | used))
@@ -196,10 +198,13 @@ class Pipeline:
     @property
     def _kind(self) -> str:
         """What the model is shown; a LoRA may make it one that is shown edges or depth, Redux one of pictures."""
-        if self.redux is not None:
-            return "pictures"
-        wider = self.model.config.in_channels > self.variant.transformer.in_channels
-        return "control" if wider and self.variant.shown == "nothing" else self.variant.shown
+        kind = self.variant.shown if self.redux is None else "pictures"
+        if self.model.config.in_channels <= self.variant.transformer.in_channels:
+            return kind
+        if kind != "nothing":
+            said = "a LoRA has the model shown edges or depth, and by itself or by Redux it is shown something else"
+            raise ValueError(f"{said}; take one of them off")
+        return "control"
 
     def _latent(self, pixels: Tensor, tiled: bool) -> Tensor:
         return encode(self.autoencoder, pixels.to(self.device, self.dtype), tiled)
@@ -242,19 +247,20 @@ class Pipeline:
             WeightsError: a file cannot be read, or does not fit the model; nothing is changed then.
             ValueError: a strength is no finite number.
         """
-        self.loras.append(Lora({"transformer": self.model, "clip": self.text.clip, "t5": self.text.t5}, files))
-        return self.loras[-1]
+        return Lora({"transformer": self.model, "clip": self.text.clip, "t5": self.text.t5}, files, self.loras)
 
     def to(self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Pipeline:
         """Move and cast every part, in place, with the arguments of a module's ``to``.
 
         Raises:
             ValueError: no such device here, or no floating dtype; weights stay in their file, as with ``low_memory`` or
-                a released modulation; or they have no numbers to move.
+                a released modulation, or are divided among processes; or they have no numbers to move.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         check_place(self.device if device is None else device, dtype)
+        if any(each.kind == "shard" for each in self.speedups):
+            raise ValueError("the weights are divided among processes; undo shard first")
         parts: list[torch.nn.Module] = [self.model, self.autoencoder, self.text.t5, self.text.clip]
         parts += [] if self.redux is None else [self.redux]
         moved = str(self.device) != "meta" or device not in (None, "meta", torch.device("meta"))

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fluxlab.pipeline.checks import as_list, check_guidance, finite
+from fluxlab.pipeline.checks import as_list, check_callback, check_guidance, finite
 from fluxlab.pipeline.inputs import FluxInputs
 from fluxlab.pipeline.shown import Shown
 
@@ -65,6 +65,7 @@ def denoise(
     """
     times = _checked(times)
     check_guidance(None, true_cfg, None)
+    check_callback(callback)
     true_cfg = float(true_cfg)
     if true_cfg != 1 and negative is None:
         raise ValueError(f"true_cfg is {true_cfg}, but there is no negative prompt's inputs to lead away from")

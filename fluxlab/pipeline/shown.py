@@ -36,6 +36,15 @@ class Shown:
     painted: Float[Tensor, "one image_tokens patch"] | None = None
     noise: Float[Tensor, "batch image_tokens patch"] | None = None  # that the loop began with
 
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: something is given without what belongs to it.
+        """
+        for names in (("tokens", "ids"), ("kept", "painted", "noise")):
+            if len(missing := [name for name in names if getattr(self, name) is None]) not in (0, len(names)):
+                raise ValueError(f"of {', '.join(names)}, which go together, {' and '.join(missing)} is missing")
+
     @classmethod
     def hole(cls, latent: Tensor, mask: Float[Tensor, "one 1 height width"]) -> "Shown":
         """For Fill: the latent of the picture with its hole made gray, and the mask, 1 where there is to be painted.

@@ -1,6 +1,7 @@
 """All modulations of a loop before it begins: what steers the blocks depends on time and prompt, not on the picture."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from threading import RLock
 from typing import Any
@@ -128,6 +129,10 @@ class _State:
     @torch.inference_mode(False)  # the rows outlive such a block
     def begin(self, loops: Sequence[FluxInputs], times: Sequence[float]) -> None:
         with self.lock:
+            first = [torch.full((len(each.img),), times[0], device=each.img.device) for each in loops]
+            loops = [replace(each, timesteps=t) for each, t in zip(loops, first, strict=True)]
+            for inputs in loops:
+                self.model._check(**vars(inputs))
             self.loops = [_Loop(self.model, inputs, times, self.layers) for inputs in loops]
             row = self.loops[0].table[: self.loops[0].batch]
             if (self.now.shape, self.now.dtype, self.now.device) != (row.shape, row.dtype, row.device):

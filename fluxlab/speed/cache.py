@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from threading import Lock
 from typing import Any
 
@@ -54,7 +55,7 @@ def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
     Source: first-block caching of ParaAttention, Cheng 2024; the idea is that of "Timestep Embedding Tells: It's Time
     to Cache for Video Diffusion Model", Liu et al. 2024.
     """
-    if not (isinstance(threshold, int | float) and 0 <= threshold < float("inf")):
+    if not (isinstance(threshold, Real) and 0 <= threshold <= torch.finfo(torch.float32).max):
         raise ValueError(f"threshold is {threshold!r}; give a number from 0, which never skips, such as 0.1")
     handle = CacheHandle(pipe, "cache_steps", f"cache_steps({threshold:g})")
     doubles, singles = list(pipe.model.double_blocks), list(pipe.model.single_blocks)

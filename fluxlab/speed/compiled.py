@@ -6,7 +6,7 @@ import torch
 
 from fluxlab.pipeline.checks import warn
 from fluxlab.pipeline.pipeline import Pipeline
-from fluxlab.speed.handle import Handle
+from fluxlab.speed.handle import Handle, check_in_memory
 
 
 def compile(pipe: Pipeline, whole: bool = False, **options: Any) -> Handle:
@@ -23,11 +23,13 @@ def compile(pipe: Pipeline, whole: bool = False, **options: Any) -> Handle:
         **options: of ``torch.compile``, such as ``mode="max-autotune"``.
 
     Raises:
-        ValueError: something is on the pipeline that comes after it, or does not go with it.
+        ValueError: something is on the pipeline that comes after it, or does not go with it; or weights are not in
+            memory, as with ``low_memory``.
     """
     kind = "compile whole" if whole else "compile"
     handle = Handle(pipe, kind, kind)
-    if any(lora.on and not lora.merged for lora in pipe.loras):
+    check_in_memory(pipe.model)
+    if any(not lora.merged for lora in pipe.loras):
         warn("a LoRA is kept apart, and each layer of it would take a program of its own; merge it before compiling")
     if " " in torch.__file__ and options.get("backend", "inductor") == "inductor":
         warn(

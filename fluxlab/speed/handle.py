@@ -23,6 +23,15 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and a.device == b.device and torch.equal(a, b))
 
 
+def check_in_memory(*parts: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: weights come one by one, as with ``low_memory``.
+    """
+    if any(p.is_meta for part in parts for p in part.parameters()):
+        raise ValueError("weights are not in memory: low_memory has them come one by one; load with low_memory=False")
+
+
 def _refuse_a_copy(_: int) -> None:
     """
     Raises:
@@ -87,6 +96,8 @@ class Handle:
         self._stack.close()
 
     def __enter__(self) -> "Handle":
+        if self not in self.pipe.speedups:
+            raise ValueError(f"{self.kind} is off already; put it on anew")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

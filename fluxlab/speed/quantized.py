@@ -7,7 +7,7 @@ from torch import nn
 
 from fluxlab.extras import importing, quiet
 from fluxlab.pipeline.pipeline import Pipeline
-from fluxlab.speed.handle import Handle
+from fluxlab.speed.handle import Handle, check_in_memory
 
 _CONFIGS = {  # of torchao
     "int8": "Int8WeightOnlyConfig",
@@ -27,8 +27,7 @@ def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
             integers; ``"fp8"``: weights alone, where the device has it.
 
     Raises:
-        ValueError: no such kind, or the device has no fp8; or weights are not in memory, as with ``low_memory``; or as
-            ``compile`` says.
+        ValueError: no such kind, or the device has no fp8; weights in float64; or as ``compile`` says.
         ImportError: torchao is not installed.
     """
     if kind not in [*_CONFIGS]:
@@ -37,8 +36,9 @@ def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
     handle = Handle(pipe, "quantize", f"quantize {kind}")
     ends = (pipe.model.img_in, pipe.model.final_layer.linear)
     linears = [each for each in pipe.model.modules() if isinstance(each, nn.Linear) and each not in ends]
-    if any(each.weight.is_meta for each in linears):
-        raise ValueError("weights are not in memory: low_memory has them come one by one; load a GGUF file instead")
+    check_in_memory(pipe.model)
+    if ends[0].weight.dtype == torch.float64:
+        raise ValueError("the weights are float64, which torchao does not take; pipe.to(torch.float32) first")
     capable = linears[0].weight.is_cuda and torch.cuda.get_device_capability(linears[0].weight.device) >= (8, 9)
     if kind == "fp8" and not capable:
         raise ValueError("fp8 needs a GPU that has it (compute capability 8.9); take int8 here")

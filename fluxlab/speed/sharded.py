@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from datetime import timedelta
+from numbers import Real
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import distributed
 
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.pipeline import Pipeline
-from fluxlab.speed.handle import Handle
+from fluxlab.speed.handle import Handle, check_in_memory
 
 
 def processes() -> int:
@@ -28,24 +29,28 @@ def shard(pipe: Pipeline, minutes: float = 10) -> Handle:
 
     ``torchrun --nproc-per-node 2 -m fluxlab generate "a red circle"`` does it by itself. Every process runs the same
     script and paints the same picture; before a block runs, each gets the others' parts of it, and drops them after.
-    On CPUs they talk by gloo, on GPUs by NCCL. Inputs are not cast. A LoRA that the pipeline was loaded with is there
-    again after ``undo``; one that ``add_lora`` put on is not.
+    On CPUs they talk by gloo, on GPUs by NCCL. Inputs are not cast. ``undo`` makes new modules; LoRAs that are kept
+    apart are put on these anew, so that ``pipe.loras`` has other handles.
 
     Args:
         pipe: of every process alike.
-        minutes: to wait for another process before the run ends.
+        minutes: to wait for another process before the run ends; where the processes are connected already, they wait
+            as was said then.
 
     Raises:
-        ValueError: this is a single process, not one of several that ``torchrun`` started; or weights are not in
-            memory, as with ``low_memory``.
+        ValueError: this is a single process, not one of several that ``torchrun`` started; ``minutes`` is no number
+            above 0; a LoRA is merged into the weights; or they are not in memory, as with ``low_memory``.
     """
+    if not (isinstance(minutes, Real) and minutes > 0):
+        raise ValueError(f"minutes is {minutes!r}; give a number above 0")
     if processes() < 2:
         raise ValueError("this is one process; start several: torchrun --nproc-per-node 2 -m fluxlab generate …")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if any(p.is_meta for part in (pipe.model, pipe.text.t5) for p in part.parameters()):
-        raise ValueError("weights are not in memory: low_memory has them come one by one; load with low_memory=False")
+    check_in_memory(pipe.model, pipe.text.t5)
+    if any(lora.merged for lora in pipe.loras):
+        raise ValueError("a LoRA is merged into the weights, and could not be taken off again; undo() it first")
     handle = Handle(pipe, "shard", f"shard over {processes()} processes")
     cuda = torch.device(pipe.device).type == "cuda"
     if cuda:
@@ -57,18 +62,29 @@ def shard(pipe: Pipeline, minutes: float = 10) -> Handle:
     model, t5 = pipe.model, pipe.text.t5
     encoder: Any = t5
     for block in (*model.double_blocks, *model.single_blocks, *encoder.encoder.block):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    for module in (model, t5):
+        handle.later(module.register_load_state_dict_pre_hook(_refuse_others).remove)
 
     def restore() -> None:
-        lora = pipe.lora if pipe.lora is not None and pipe.lora.on and not pipe.lora.merged else None
-        if lora is not None:  # which is of the modules that were divided
+        loras = list(pipe.loras)  # which are of the modules that were divided
+        for lora in reversed(loras):
             lora.undo()
         pipe.model, pipe.text.t5 = _gathered(model), _gathered(t5)
-        if lora is not None:
-            pipe.lora = pipe.add_lora(lora.strengths)
+        for lora in loras:
+            again = pipe.add_lora(lora.strengths)
+            pipe.lora = again if pipe.lora is lora else pipe.lora
 
     handle.later(restore)
     return handle.on()
+
+
+def _refuse_others(*_: Any) -> None:
+    """
+    Raises:
+        ValueError: each process holds a part of the weights alone.
+    """
+    raise ValueError("the weights are divided among processes; undo shard before others are loaded")
 
 
 def _gathered(module: Any) -> Any:

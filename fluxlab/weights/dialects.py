@@ -32,7 +32,7 @@ _ROLE = re.compile(  # what a tensor is to its layer
 _PREFIXES = {  # of a layer's name, by the part it belongs to
     "clip": r"(text_encoder\.|lora_te1?_|(text_encoders\.)?clip_l\.(transformer\.)?)(text_model[._])?",
     "t5": r"(text_encoder_2\.|lora_te[23]_|(text_encoders\.)?t5xxl\.(transformer\.)?)",
-    "transformer": r"((base_model\.model|transformer|model|diffusion_model)\.)*(lora_unet_|lora_transformer_)?",
+    "transformer": r"((base_model|transformer|(diffusion_)?model|module|_orig_mod)\.)*(lora_(unet|transformer)_)?",
 }
 _XLABS = {  # what a block's processor changes; in a single block, qkv are the first rows of linear1
     "processor_qkv_lora1": "img_attn_qkv",

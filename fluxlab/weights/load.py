@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fluxlab.config import AutoEncoderConfig, FluxConfig, Variant
-from fluxlab.extras import importing
+from fluxlab.extras import check_place, importing
 from fluxlab.files import Tensors, WeightsError, at, describe_difference, listed, read_json
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
@@ -51,12 +51,17 @@ def load_weights(
     Raises:
         WeightsError: the file is not whole, or its names, shapes or dtypes differ; nothing is loaded then. Or a value
             is too large for ``dtype``.
+        ValueError: no such device here; or a LoRA is merged into the weights.
     """
-    return fill(module, weights_of(module, path, dtype), device, low_memory)
+    check_place(device)
+    own: Any = getattr(module, "_orig_mod", module)  # of a compiled one
+    fill(own, weights_of(own, path, dtype), device, low_memory)
+    return module
 
 
 def fill(module: Module, tensors: Tensors, device: torch.device | str, low_memory: bool) -> Module:
     """What ``load_weights`` does once the file is opened and its names are the module's."""
+    module.load_state_dict({}, strict=False)  # where a LoRA is merged into them, other weights are refused
     for layer in module.modules():
         vars(layer).pop("stop_streaming", lambda: None)()  # other weights, which it had before
     if low_memory:
@@ -101,7 +106,10 @@ def weights_of(module: nn.Module, path: str | Path, dtype: torch.dtype | None = 
         WeightsError: as ``load_weights`` says.
     """
     if isinstance(module, (Flux, AutoEncoder)):
-        return opened(path, module.config, "official", dtype, True)
+        config: Any = module.config
+        if isinstance(module, Flux):  # which a LoRA that is kept apart may have widened
+            config = replace(config, in_channels=module.img_in.in_features)
+        return opened(path, config, "official", dtype, True)
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     kind = {"T5EncoderModel": "t5", "CLIPTextModel": "clip"}.get(type(module).__name__)  # else any module, as Redux's
     tensors = open_tensors(path) if kind is None else _encoder(open_part(path, kind), wanted)

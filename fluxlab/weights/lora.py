@@ -9,11 +9,11 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from math import isfinite
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,10 +22,18 @@ from fluxlab.weights.dialects import Change, read_lora
 
 
 class Lora:
-    """LoRA files on a model, at first kept apart from its weights. A context manager: ``undo`` when it is left."""
+    """LoRA files on a model, at first kept apart from its weights. A context manager: ``undo`` when it is left.
 
-    def __init__(self, modules: Mapping[str, nn.Module], files: Mapping[Any, float]) -> None:
+    Where several that are on replace one norm's scale, the last that was put on counts. What wraps a layer's forward
+    too, as accelerate's offloading, comes off after them, if it went on before.
+    """
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], files: Mapping[Any, float], among: list[Lora] | None = None
+    ) -> None:
         """Of modules by part, "transformer", "clip" and "t5"; and of files, each with its strength, usually 0 to 1.
+
+        ``among``: a list that it stands in while it is on.
 
         Raises:
             WeightsError: a file cannot be read, or does not fit the modules, or widens a model that another widened;
@@ -36,27 +44,30 @@ class Lora:
             raise ValueError(f"files is {files!r}; give each file once, with its strength, as {{'x.safetensors': 1}}")
         self.strengths = {str(file): _checked(file, strength) for file, strength in files.items()}
         self.merged = False
-        model: Any = modules["transformer"]
+        self._given = modules["transformer"]
+        self._modules = {part: getattr(module, "_orig_mod", module) for part, module in modules.items()}
+        model: Any = self._modules["transformer"]
         self._model = model
+        self._among = [] if among is None else among
         self._changes: dict[Any, list[tuple[str, Change]]] = defaultdict(list)
         self._scales: dict[Any, Tensor] = {}  # of norms, which BFL's files replace
         self._before: list[Callable[[], None]] = []  # each gives one thing back
         self._set_to: list[tuple[Any, str, object]] = []
         for file in self.strengths:
-            changes, scales = read_lora(at(file), modules)
+            changes, scales = read_lora(at(file), self._modules)
             if self._scales.keys() & scales:
                 said = "replaces the scales of norms, as another of the files does; give one of them"
                 raise WeightsError(f"{file}: {said}")
             self._scales |= scales
             for change in changes:
                 self._changes[change.layer].append((file, change))
-        if self._columns() > self._model.img_in.in_features < self._model.config.in_channels:
+        if self._columns() > model.img_in.in_features < model.config.in_channels:
             said = "another LoRA that is on widens img_in, as these do; take that off, or give all files at once"
             raise WeightsError(f"{', '.join(self.strengths)}: {said}")
         for layer, of_layer in self._changes.items():  # not in hooks: who looks at a layer's output sees the sum
             self._wrap(layer, partial(_sum, layer, of_layer, self.strengths))
         for norm, scale in self._scales.items():
-            self._wrap(norm, partial(_with_scale, norm, scale))
+            self._wrap(norm, partial(_with_scale, scale))
         self._widen()
         self._changed()
 
@@ -95,8 +106,10 @@ class Lora:
             ValueError: weights were changed since.
         """
         for layer in self._changes:
-            if layer.weight.is_meta or type(layer.weight) is not nn.Parameter or not layer.weight.is_floating_point():
-                raise WeightsError(f"a weight is {layer.weight.dtype} on {layer.weight.device}; keep the LoRA apart")
+            kind = type(layer.weight)
+            if layer.weight.is_meta or kind is not nn.Parameter or not layer.weight.is_floating_point():
+                said = f"a weight is a {kind.__name__}, {layer.weight.dtype} on {layer.weight.device}"
+                raise WeightsError(f"{said}, which nothing can be added to; keep the LoRA apart")
         self.undo()
         try:
             self._add()
@@ -124,6 +137,11 @@ class Lora:
         for norm, scale in self._scales.items():
             self._set(norm, "scale", _parameter(scale.to(norm.scale)))
         self._widen()
+        changed = self._changes.keys() | self._scales.keys()
+        for module in self._modules.values():
+            if changed.isdisjoint(module.modules()):
+                continue
+            self._before.append(module.register_load_state_dict_pre_hook(_refuse_others).remove)
 
     def undo(self) -> None:
         """Take all off: the weights are again those from before, bit by bit.
@@ -140,8 +158,10 @@ class Lora:
         self._changed()
 
     def _changed(self) -> None:
-        """Tell what computes ahead from the weights."""
-        getattr(self._model, "weights_change", lambda: None)()
+        """Tell the list of those that are on, and what computes ahead from the weights."""
+        if self.on != (self in self._among):
+            (self._among.append if self.on else self._among.remove)(self)
+        getattr(self._given, "weights_change", lambda: None)()
 
     def __enter__(self) -> Lora:
         return self
@@ -157,13 +177,7 @@ class Lora:
         own, on = vars(layer).get("forward"), [True]
         wrapped = partial(_forward, layer, own, on, forward)  # a copy of the layer gets a copy of it, about itself
         layer.forward = wrapped
-
-        def restore() -> None:
-            on.clear()
-            if vars(layer).get("forward") is wrapped:  # else another wrapped it since, and goes on calling this one
-                delattr(layer, "forward") if own is None else setattr(layer, "forward", own)
-
-        self._before.append(restore)
+        self._before.append(partial(_unwrap, layer, own, on, wrapped))
 
     def _widen(self) -> None:
         """A model that is shown edges or depth beside the noise takes them as more channels."""
@@ -175,22 +189,27 @@ class Lora:
         return max((change.down.shape[1] for _, change in self._changes.get(self._model.img_in, ())), default=0)
 
     def _set(self, owner: Any, name: str, value: object) -> None:
-        before = getattr(owner, name)
+        self._before.append(partial(_put_back, owner, name, getattr(owner, name)))  # likewise of a copy
         setattr(owner, name, value)
-
-        def restore() -> None:
-            now = getattr(owner, name)
-            if isinstance(before, nn.Parameter) and not now.is_meta:
-                before.data = before.data.to(now)  # the model may have been moved or cast since
-            setattr(owner, name, before)
-
-        self._before.append(restore)
         self._set_to += [(owner, name, value)] if isinstance(value, nn.Parameter) else []
 
 
 def _forward(layer: Any, own: Any, on: list[bool], forward: Callable[..., Tensor], x: Tensor) -> Tensor:
     inner = own or partial(type(layer).forward, layer)
     return forward(inner, x) if on else inner(x)
+
+
+def _unwrap(layer: Any, own: Any, on: list[bool], wrapped: Any) -> None:
+    on.clear()
+    if vars(layer).get("forward") is wrapped:  # else another wrapped it since, and goes on calling this one
+        delattr(layer, "forward") if own is None else setattr(layer, "forward", own)
+
+
+def _put_back(owner: Any, name: str, before: Any) -> None:
+    now = getattr(owner, name)
+    if isinstance(before, nn.Parameter) and not now.is_meta:
+        before.data = before.data.to(now)  # the model may have been moved or cast since
+    setattr(owner, name, before)
 
 
 def _sum(
@@ -206,14 +225,17 @@ def _sum(
     return total
 
 
-def _with_scale(norm: Any, scale: Tensor, inner: Any, x: Tensor) -> Tensor:
-    """A norm with another scale, for this call: where weights come and go, its own comes anew each time."""
-    own = norm.scale
-    norm.scale = _parameter(scale.to(own))
-    try:
-        return inner(x)
-    finally:
-        norm.scale = own
+def _with_scale(scale: Tensor, inner: Any, x: Tensor) -> Tensor:
+    """What an ``RMSNorm`` gives with another scale than its own, which may be elsewhere."""
+    return F.rms_norm(x, scale.shape, scale.to(x), eps=1e-6)
+
+
+def _refuse_others(module: nn.Module, *_: Any) -> None:
+    """
+    Raises:
+        ValueError: as ``undo`` would put the weights from before in place of the new ones.
+    """
+    raise ValueError(f"a LoRA is merged into this {type(module).__name__}; undo() it before other weights are loaded")
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
@@ -221,6 +243,6 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 
 
 def _checked(file: object, strength: float) -> float:
-    if not (isinstance(strength, Real) and isfinite(strength)):
+    if not (isinstance(strength, Real) and abs(strength) <= torch.finfo(torch.float32).max):
         raise ValueError(f"strength of {file} is {strength!r}; give a finite number, such as 0.8")
     return float(strength)

@@ -30,7 +30,7 @@ def read_gguf(path: Path) -> Tensors:
     Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     """
     with importing():
-        from gguf import GGML_QUANT_SIZES, GGUFReader
+        from gguf import GGML_QUANT_SIZES, GGUFEndian, GGUFReader
         from gguf.quants import dequantize
 
     class Reader(GGUFReader):  # type: ignore[misc,unused-ignore]
@@ -43,6 +43,8 @@ def read_gguf(path: Path) -> Tensors:
 
     try:
         reader = Reader(path, "c")
+        if reader.endianess == GGUFEndian.BIG:
+            raise WeightsError(f"{path}: its numbers are big-endian, for another machine; take the usual file")
         told = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
         given = {tensor.name: tensor for tensor in reader.tensors}
         for kind in {tensor.tensor_type for tensor in given.values()}:

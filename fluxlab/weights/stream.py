@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from threading import RLock
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ def stream(module: nn.Module, tensors: Tensors, device: torch.device | str = "cp
     """Keep a module's parameters on the meta device, and give each layer its own from ``tensors`` while it runs.
 
     On a CPU, weights that need no change stay mapped to their file, and others take the memory of one layer. To a GPU
-    the next layer's are on their way while one computes: two layers' memory. It serves one forward at a time, and a
-    copy of the module is refused. What is returned ends it, and leaves the parameters on the meta device.
+    the next layer's are on their way while one computes: two layers' memory. A layer runs for one thread at a time. A
+    copy of the module, other weights and layers that are put in are refused. What is returned ends it, and leaves the
+    parameters on the meta device.
     """
     hooks: list[RemovableHandle] = []
     device = torch.device(device)
@@ -27,6 +29,7 @@ def stream(module: nn.Module, tensors: Tensors, device: torch.device | str = "cp
     coming: dict[nn.Module, Future[dict[str, Tensor]]] = {}
     after: dict[nn.Module | None, nn.Module] = {}  # what ran after what, the last time
     last: nn.Module | None = None
+    locks: dict[nn.Module, RLock] = {}
 
     def read(layer: nn.Module) -> dict[str, Tensor]:
         with torch.cuda.stream(side) if side else nullcontext():
@@ -37,6 +40,7 @@ def stream(module: nn.Module, tensors: Tensors, device: torch.device | str = "cp
 
     def come(layer: nn.Module, _: Any) -> None:
         nonlocal last
+        locks[layer].acquire()
         waiting = coming.pop(layer, None)
         for name, tensor in (waiting.result() if waiting else read(layer)).items():
             if side:
@@ -48,28 +52,43 @@ def stream(module: nn.Module, tensors: Tensors, device: torch.device | str = "cp
         if pool and following is not None and following not in coming:
             coming[following] = pool.submit(read, following)
 
-    def go(layer: nn.Module, *_: Any) -> None:
+    def leave(layer: nn.Module, *_: Any) -> None:
+        go(layer)
+        locks[layer].release()
+
+    def go(layer: nn.Module) -> None:
         for name, path in names[layer].items():
             setattr(layer, name, nn.Parameter(tensors.entries[path], requires_grad=False))
 
     def refuse_a_copy(_: int) -> None:
         raise ValueError("a model whose weights stay in their file cannot be copied or pickled: load it again")
 
+    def refuse_weights(_: nn.Module, tensors: Any, *__: Any) -> None:
+        if tensors:
+            raise ValueError("weights that stay in their file take no others in their place; use fl.load_weights")
+
+    def refuse_layers(*_: Any) -> None:
+        if others := [type(layer).__name__ for layer in module.modules() if layer not in names]:
+            said = f"a {others[0]} was put into a model whose weights stay in their file"
+            raise ValueError(f"{said}, where it has none of its own; load the model with low_memory=False")
+
     def stop() -> None:
         for hook in hooks:
             hook.remove()
         for layer in module.modules():
-            vars(layer).pop("streamed", None)
-        for name in ("__reduce_ex__", "stop_streaming"):
-            vars(module).pop(name, None)
+            for name in ("streamed", "__reduce_ex__", "stop_streaming"):
+                vars(layer).pop(name, None)
 
-    vars(module).update(__reduce_ex__=refuse_a_copy, stop_streaming=stop)
+    vars(module)["stop_streaming"] = stop
+    hooks.append(module.register_load_state_dict_pre_hook(refuse_weights))
+    hooks.append(module.register_forward_pre_hook(refuse_layers))
     for path, layer in module.named_modules():
-        vars(layer)["streamed"] = True
+        vars(layer).update(streamed=True, __reduce_ex__=refuse_a_copy)
         names[layer] = {name: f"{path}.{name}".lstrip(".") for name, _ in layer.named_parameters(recurse=False)}
         if names[layer]:
+            locks[layer] = RLock()
             go(layer)
             hooks.append(layer.register_forward_pre_hook(come))
-            hooks.append(layer.register_forward_hook(go, always_call=True))
+            hooks.append(layer.register_forward_hook(leave, always_call=True))
 
     return stop

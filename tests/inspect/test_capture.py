@@ -726,3 +726,25 @@ def test_two_sizes_are_not_stacked(tiny):
             tiny("a", height=side, width=side, num_steps=1, progress=False)
     with pytest.raises(ValueError, match=r"velocity is \(1, 16, 64\) in one forward and \(1, 36, 64\) in another"):
         tape.stack("velocity")
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "gpu"}, "device is 'gpu', which cannot be used here"),
+        ({"device": "hpu"}, "device is 'hpu', which cannot be used here"),
+        ({"dtype": torch.float8_e4m3fn}, "dtype is torch.float8_e4m3fn; give a floating dtype of 16 bits"),  # it ends
+        ({"queries": slice(None, None, -1)}, "slices of whole numbers that go forward"),
+        ({"keys": slice(0, 2.5)}, "slices of whole numbers that go forward"),
+        ({"keys": slice(None, None, 0)}, "slices of whole numbers that go forward"),
+    ],
+)
+def test_where_and_what_to_keep_is_checked(tiny, options, message):
+    inputs = tiny.prepare(["a red circle"], [0], 64, 64)
+    with (
+        pytest.raises(ValueError, match=message),
+        torch.no_grad(),
+        fl.capture(tiny.model, "double_blocks.0.attention", **options),
+    ):
+        tiny.model(**inputs.kwargs())

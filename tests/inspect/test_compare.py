@@ -1,6 +1,7 @@
 """Comparing finds where two runs part, and tells rounding from a mistake."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 import fluxlab as fl
 from fluxlab.model.modulation import Modulation, ModulationOut
 from fluxlab.weights.layouts import to_diffusers
-from tests.helpers import SMALL, randomise
+from tests.helpers import SMALL, randomise, small_inputs
 from tests.model.test_against_diffusers import diffusers_transformer
 
 
@@ -169,3 +170,19 @@ def test_what_cannot_be_compared_is_said():
         fl.compare({"a": torch.ones(1)}, {"a": torch.ones(1)}, tolerance="a")
     with pytest.raises(ValueError, match="a is a int, where a tensor was expected"):
         fl.compare({"a": 3}, {"a": 3})
+
+
+def test_imaginary_parts_count():
+    with_i, other = torch.tensor([1 + 1j]), torch.tensor([1 - 1j])
+    found = fl.compare({"a": with_i}, {"a": other})
+    assert found.first == "a"
+    assert found.table[0]["largest"] == 2
+    assert fl.compare({"a": with_i}, {"a": with_i}).first is None
+
+
+def test_an_input_that_is_none_is_left_out():
+    config = replace(SMALL, guidance_embed=False)
+    model = randomise(fl.Flux(config))
+    inputs = small_inputs(config=config)
+    assert inputs["guidance"] is None
+    assert fl.compare(model, copy.deepcopy(model), inputs).first is None

@@ -331,6 +331,9 @@ def test_the_text_encoders_compute_what_pytorch_does(exported, tiny):
     txt, y = tiny.text.encode(t5_ids, clip_ids)
     assert relative(run(exported("t5"), ids=t5_ids)[0], txt) < 1e-4
     assert relative(run(exported("clip"), ids=clip_ids)[0], y) < 1e-4
+    for part in ("t5", "clip"):
+        told = {entry.key: entry.value for entry in structure(exported(part)).metadata_props}
+        assert (told["name"], told["variant"], told["version"]) == (part, "flux-tiny-dev", fl.__version__)
     shorter, _ = tiny.text.encode(t5_ids[:, :12], clip_ids)
     assert relative(run(exported("t5"), ids=t5_ids[:, :12])[0], shorter) < 1e-4
 
@@ -570,3 +573,12 @@ def test_one_file_is_all_that_a_part_needs(tmp_path, monkeypatch):
     fl.export_onnx("flux-tiny-dev", tmp_path / "y.onnx", "decoder", weights=True)
     latent = torch.randn(1, 16, 4, 6)
     assert np.array_equal(run(tmp_path / "x.onnx", latent=latent), run(tmp_path / "y.onnx", latent=latent))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, tiny, bad):
+    weights = {name: tensor.clone() for name, tensor in tiny.autoencoder.decoder.state_dict().items()}
+    weights["conv_in.bias"][0] = bad
+    with pytest.raises(ValueError, match=r"conv_in\.bias has values that are not finite"):
+        fl.export_onnx("flux-tiny-dev", tmp_path / "x.onnx", "decoder", weights=weights)
+    assert not [*tmp_path.iterdir()]

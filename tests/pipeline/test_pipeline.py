@@ -399,3 +399,19 @@ def test_true_cfg_is_a_number_whoever_gives_it(tiny):
             fl.denoise(tiny.model, inputs, [1.0, 0.0], inputs, wrong, progress=False)
     some = fl.denoise(tiny.model, inputs, [1.0, 0.0], inputs, Fraction(5, 2), progress=False)
     assert torch.equal(some, fl.denoise(tiny.model, inputs, [1.0, 0.0], inputs, 2.5, progress=False))
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_what_cannot_be_called_and_numbers_beyond_all_are_refused_before_any_work(tiny, monkeypatch):
+    monkeypatch.setattr(type(tiny.text), "__call__", lambda *_: pytest.fail("the text was encoded"))
+    for options, message in (
+        ({"callback": 3}, "callback is 3; give a function"),
+        ({"true_cfg": 10**400}, "true_cfg is 1000"),
+        ({"guidance": 10**400}, "guidance is 1000"),
+        ({"strength": 10**400, "image": Image.new("RGB", (64, 64))}, "strength is 1000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny("a", progress=False, **options)
+    inputs = fl.example_inputs("flux-tiny-dev", 64, 64)
+    with pytest.raises(ValueError, match="callback is 3"):
+        fl.denoise(tiny.model, inputs, [1, 0], callback=3)

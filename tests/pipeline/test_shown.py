@@ -18,7 +18,7 @@ from fluxlab.cli import app
 from fluxlab.files import write_tensors
 from fluxlab.pipeline.control import edges
 from fluxlab.pipeline.latents import pack
-from fluxlab.pipeline.pictures import as_pixels
+from fluxlab.pipeline.pictures import as_pixels, as_seen
 from fluxlab.pipeline.schedule import schedule
 from fluxlab.pipeline.shown import Shown, as_mask, preferred_size
 from fluxlab.pipeline.tiles import encode
@@ -389,3 +389,29 @@ def test_a_mask_between_the_cells_of_the_latent_is_refused(tiny):
 def test_a_mask_of_another_ratio_is_stretched_with_a_warning():
     with pytest.warns(UserWarning, match="mask is 64 x 64 pixels .* is stretched to 96 x 32"):
         as_mask(Image.new("L", (64, 64), 255), 32, 96)
+
+
+def test_what_belongs_together_comes_together():
+    tokens, ids, cells = torch.zeros(1, 4, 64), torch.zeros(1, 4, 3), torch.zeros(1, 16, 64)
+    for given, missing in (
+        ({"tokens": tokens}, "ids is missing"),
+        ({"ids": ids}, "tokens is missing"),
+        ({"kept": cells, "painted": cells}, "noise is missing"),
+        ({"noise": cells}, "kept and painted is missing"),
+    ):
+        with pytest.raises(ValueError, match=missing):
+            Shown(**given)
+    Shown(tokens=tokens, ids=ids, kept=cells, painted=cells, noise=cells)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "RGB"])
+def test_a_transparency_that_cannot_be_read_is_said(mode):
+    odd = Image.new(mode, (64, 64))
+    odd.info["transparency"] = b"\x00\x01"
+    try:
+        odd.convert("RGBA")
+    except TypeError:
+        with pytest.raises(ValueError, match=f"image has mode '{mode}' .*; bring it to RGB first"):
+            as_seen(odd)
+    else:
+        assert as_seen(odd).mode == "RGB"

@@ -8,6 +8,7 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import combinations, permutations
 
 import numpy as np
@@ -471,14 +472,33 @@ def paint():
     return np.asarray(pipe({prompt!r}, control=edges, num_steps=8, seed=3, progress=False)).astype(int)
 plain, held = paint(), sum(p.numel() for p in pipe.model.parameters())
 blocks = sum(p.numel() for b in (*pipe.model.double_blocks, *pipe.model.single_blocks) for p in b.parameters())
+def raises(do, words):
+    try:
+        do()
+    except ValueError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(words)
+def half():
+    own = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in pipe.model.parameters())
+    assert abs(own - (held - blocks / 2)) < 0.01 * held, (own, held, blocks)
+pipe.lora.merge()
+raises(lambda: fl.speed.shard(pipe), "a LoRA is merged into the weights")
+pipe.lora.undo()
+pipe.lora = pipe.add_lora(pipe.lora.strengths)
 handle = fl.speed.shard(pipe)
-own = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in pipe.model.parameters())
-assert abs(own - (held - blocks / 2)) < 0.01 * held, (own, held, blocks)
+half()
 assert abs(paint() - plain).max() <= 1
+half()  # what a block got from the other process is dropped after it
+raises(lambda: pipe.to(torch.bfloat16), "the weights are divided among processes")
+raises(lambda: fl.load_weights(pipe.model, pipe.files.transformer), "the weights are divided among processes")
+raises(lambda: pipe.lora.merge(), "keep the LoRA apart")
 with fl.speed.modulation_ahead(pipe), fl.speed.cache_steps(pipe, 0.3) as cached:
     assert abs(paint() - plain).mean() < 3 and cached.skipped
+half()
 handle.undo()
 assert abs(paint() - plain).max() == 0
+assert [pipe.lora] == pipe.loras and pipe.lora.on
 pipe.lora.undo()
 assert pipe.model.config.in_channels == 64
 before = np.asarray(pipe({prompt!r}, num_steps=2, seed=3, progress=False)).astype(int)
@@ -683,3 +703,59 @@ def test_a_path_with_a_space_is_told_before_the_compiler_fails(pipe, monkeypatch
         fl.speed.compile(pipe).undo()
     with warnings.catch_warnings(action="error"), fl.speed.compile(pipe, backend="eager"):
         pass
+
+
+def test_what_is_on_the_disk_is_neither_compiled_nor_quantized():
+    pipe = fl.load("flux-tiny-dev", low_memory=True)
+    for put in (fl.speed.quantize, fl.speed.compile, lambda pipe: fl.speed.compile(pipe, whole=True)):
+        with pytest.raises(ValueError, match="weights are not in memory: low_memory has them come one by one"):
+            put(pipe)
+    assert not pipe.speedups
+
+
+def test_float64_is_not_quantized():
+    pipe = fl.load("flux-tiny-dev", dtype=torch.float64)
+    with pytest.raises(ValueError, match="the weights are float64, which torchao does not take"):
+        fl.speed.quantize(pipe)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_sharding_takes_minutes_above_0(pipe):
+    for minutes in (0, -1, "10", float("nan")):
+        with pytest.raises(ValueError, match=r"minutes is .*; give a number above 0"):
+            fl.speed.shard(pipe, minutes)
+
+
+def test_a_handle_that_is_off_is_not_put_on_again(pipe):
+    handle = fl.speed.modulation_ahead(pipe)
+    handle.undo()
+    with pytest.raises(ValueError, match="modulation_ahead is off already; put it on anew"), handle:
+        pass
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_threshold_of_numpy_is_a_number(pipe):
+    with fl.speed.cache_steps(pipe, np.float32(0.3)) as cache:
+        painted(pipe)
+        assert cache.skipped
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda inputs: {"y": inputs.y[:, :5]}, "y has shape"),
+        (lambda inputs: {"txt": inputs.txt.bfloat16()}, "txt is .*bfloat16"),
+    ],
+)
+def test_a_loop_with_modulation_ahead_checks_its_inputs_as_one_without(pipe, change, message):
+    inputs, times = pipe.prepare([PROMPTS[0]], [0], 64, 64, 3.5), schedule(2, 16)
+    plain = fl.denoise(pipe.model, inputs, times, progress=False)
+    bad = replace(inputs, **change(inputs))
+    with pytest.raises(ValueError, match=message):
+        fl.denoise(pipe.model, bad, times, progress=False)
+    with fl.speed.modulation_ahead(pipe):
+        with pytest.raises(ValueError, match=message):
+            fl.denoise(pipe.model, bad, times, progress=False)
+        found = fl.denoise(pipe.model, replace(inputs, timesteps=None), times, progress=False)
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)

@@ -407,7 +407,7 @@ def test_an_index_of_shards_is_a_source(tmp_path):
     index = next((tmp_path / "shards").glob("*.index.json"))
     shutil.copyfile(index, index.with_name("another.safetensors.index.json"))
     with pytest.raises(
-        fl.WeightsError, match=r"2 checkpoints: another.safetensors.index.json, diffusion.*; give the path"
+        fl.WeightsError, match=r"2 checkpoints \(it holds another.safetensors.index.json, diffusion.*\); give the path"
     ):
         convert_part(tmp_path / "shards", tmp_path / "again.safetensors", config, "official")
     convert_part(index, tmp_path / "again.safetensors", config, "official")

@@ -4,17 +4,20 @@ import copy
 import json
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders.lora_conversion_utils import (
     _convert_bfl_flux_control_lora_to_diffusers as bfl_to_diffusers,
 )
 from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
@@ -374,7 +377,9 @@ def test_it_is_seen_compiled_and_kept_small(tmp_path, model):
                 out(expected)
             torch.testing.assert_close(tape[LAYERS[0]], other[LAYERS[0]], rtol=1e-4, atol=1e-5)
             if each is small:
-                with pytest.raises(fl.WeightsError, match=r"a weight is torch.float32 on meta; keep the LoRA apart"):
+                with pytest.raises(
+                    fl.WeightsError, match=r"a weight is a Parameter, torch.float32 on meta, .*; keep the LoRA apart"
+                ):
                     lora.merge()
                 torch.testing.assert_close(out(each), out(expected), rtol=1e-4, atol=1e-5)
     with Lora({"transformer": model}, {tmp_path / "x.safetensors": 1}):
@@ -621,7 +626,7 @@ def test_a_strength_is_a_number_of_one_of_the_files(tmp_path, model):
     file = tmp_path / "x.safetensors"
     write_tensors(official(model)[0], file)
     base = out(model)
-    for strength in (float("nan"), "much", None):
+    for strength in (float("nan"), float("inf"), 10**400, "much", None):
         with pytest.raises(ValueError, match=r"strength of .*x.safetensors is .*; give a finite number"):
             Lora({"transformer": model}, {file: strength})
     with Lora({"transformer": model}, {file: 1}) as lora:
@@ -791,3 +796,132 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(tmp_path, monkeypa
             ValueError, match=r"no such file|is 'much'; give a finite number|not found: .*image_embedder"
         ):
             fl.load("flux-tiny-dev", **options)
+
+
+def with_scales(model, seed):
+    """A file of BFL's that replaces the scales of norms."""
+    names = [name for name, module in model.named_modules() if hasattr(module, "scale")]
+    scales = {f"{name}.scale": 1 + draw(model.get_submodule(name).scale.numel(), seed=seed) for name in names}
+    return official(model, LAYERS[:1], up="lora_B", seed=seed)[0] | scales
+
+
+def test_of_two_that_replace_scales_the_last_counts(tmp_path, model):
+    for seed in (1, 2):
+        write_tensors(with_scales(model, seed), tmp_path / f"{seed}.safetensors")
+    base = out(model)
+    only = {}
+    for seed in (1, 2):
+        tensors = with_scales(model, seed)
+        scales = {name: tensor for name, tensor in tensors.items() if name.endswith("scale")}
+        expected = randomise(fl.Flux(SMALL))
+        expected.load_state_dict(model.state_dict() | scales)
+        only[seed] = {name: tensor for name, tensor in expected.state_dict().items() if name.endswith("scale")}
+    first, second = (Lora({"transformer": model}, {tmp_path / f"{seed}.safetensors": 0}) for seed in (1, 2))
+    both = out(model)
+    second.undo()
+    alone = out(model)
+    first.undo()
+    assert torch.equal(out(model), base)
+    for found, seed in ((both, 2), (alone, 1)):
+        right = randomise(fl.Flux(SMALL))
+        right.load_state_dict(model.state_dict() | only[seed])
+        torch.testing.assert_close(found, out(right), rtol=1e-4, atol=1e-5)
+
+
+def test_scales_are_replaced_where_weights_are_offloaded_and_in_threads(tmp_path, model):
+    write_tensors(with_scales(model, 1), tmp_path / "x.safetensors")
+    base, where = out(model), {"transformer": model}
+    with Lora(where, {tmp_path / "x.safetensors": 1}) as lora:
+        expected = out(model)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: out(model), range(16)))
+        assert all(torch.equal(each, expected) for each in found)
+        lora.undo()
+        assert torch.equal(out(model), base)
+    offloaded = copy.deepcopy(model)
+    cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    Lora({"transformer": offloaded}, {tmp_path / "x.safetensors": 1})
+    torch.testing.assert_close(out(offloaded), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_other_weights_are_refused_while_one_is_merged(tmp_path, model, low):
+    write_tensors(official(model)[0], tmp_path / "x.safetensors")
+    write_tensors(randomise(fl.Flux(SMALL), 5).state_dict(), tmp_path / "other.safetensors")
+    base, lora = out(model), Lora({"transformer": model}, {tmp_path / "x.safetensors": 1})
+    lora.merge()
+    merged = out(model)
+    with pytest.raises(ValueError, match=r"a LoRA is merged into this Flux; undo\(\) it before other weights"):
+        fl.load_weights(model, tmp_path / "other.safetensors", low_memory=low)
+    with pytest.raises(ValueError, match=r"a LoRA is merged into this Flux; undo\(\) it before other weights"):
+        model.load_state_dict(randomise(fl.Flux(SMALL), 5).state_dict())
+    assert torch.equal(out(model), merged)
+    lora.undo()
+    assert torch.equal(out(model), base)
+    fl.load_weights(model, tmp_path / "other.safetensors", low_memory=low)
+    assert not torch.equal(out(model), base)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_copied_pipeline_has_a_lora_of_its_own(merged):
+    pipe = fl.load("flux-tiny-dev", lora={CANNY: 1.0})
+    if merged:
+        pipe.lora.merge()
+    copied = copy.deepcopy(pipe)
+    copied.loras[-1].undo()
+    assert (pipe.model.config.in_channels, copied.model.config.in_channels) == (128, 64)
+    assert (len(pipe.loras), len(copied.loras)) == (1, 0)
+    plain = fl.load("flux-tiny-dev").model.state_dict()
+    assert all(torch.equal(plain[name], weight) for name, weight in copied.model.state_dict().items())
+    pipe.lora.undo()
+    assert all(torch.equal(plain[name], weight) for name, weight in pipe.model.state_dict().items())
+
+
+def test_the_list_is_of_those_that_are_on(tmp_path):
+    pipe = fl.load("flux-tiny-dev")
+    write_tensors(official(pipe.model, LAYERS[:1])[0], tmp_path / "x.safetensors")
+    first = pipe.add_lora({tmp_path / "x.safetensors": 1})
+    second = pipe.add_lora({tmp_path / "x.safetensors": 0.5})
+    assert pipe.loras == [first, second]
+    first.undo()
+    assert pipe.loras == [second]
+    first.merge()
+    assert pipe.loras == [second, first]
+
+
+def test_a_model_that_was_wrapped_takes_it(tmp_path, model):
+    """By torch.compile, which puts another module around it; and files that were saved of such."""
+    tensors = official(model)[0]
+    write_tensors(tensors, tmp_path / "x.safetensors")
+    base = out(model)
+    with Lora({"transformer": model}, {tmp_path / "x.safetensors": 1}):
+        expected = out(model)
+    compiled = torch.compile(model, backend="eager")
+    with Lora({"transformer": compiled}, {tmp_path / "x.safetensors": 1}):
+        assert torch.equal(out(model), expected)
+    assert torch.equal(out(model), base)
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
+        write_tensors({prefix + name: tensor for name, tensor in tensors.items()}, tmp_path / "y.safetensors")
+        with Lora({"transformer": model}, {tmp_path / "y.safetensors": 1}):
+            assert torch.equal(out(model), expected)
+    write_tensors(model.state_dict(), tmp_path / "model.safetensors")
+    assert fl.load_weights(compiled, tmp_path / "model.safetensors") is compiled
+
+
+def test_a_wider_model_that_is_shown_pictures_is_refused():
+    """A LoRA for edges on Kontext, which is shown a picture."""
+    pipe = fl.load("flux-tiny-kontext-dev", lora={CANNY: 1.0})
+    with pytest.raises(ValueError, match="a LoRA has the model shown edges or depth, and by itself or by Redux"):
+        pipe("make the circle blue", image=Image.new("RGB", (128, 128)))
+    pipe.lora.undo()
+    assert pipe("make the circle blue", image=Image.new("RGB", (128, 128)), num_steps=1, progress=False)
+
+
+def test_other_weights_are_loaded_under_one_that_widens():
+    """Kept apart it changes no weight, so the file of the narrow model is the one."""
+    pipe = fl.load("flux-tiny-dev", lora={CANNY: 1.0})
+    inputs = fl.example_inputs("flux-tiny-dev", 64, 64)
+    inputs.img = torch.cat((inputs.img, inputs.img), dim=2)
+    before = out(pipe.model, inputs.kwargs())
+    fl.load_weights(pipe.model, data_folder() / "flux-tiny/flux-tiny-dev.safetensors", dtype=torch.float32)
+    assert torch.equal(out(pipe.model, inputs.kwargs()), before)

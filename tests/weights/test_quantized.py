@@ -2,6 +2,7 @@
 
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import gguf
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, inject_adapter_in_model
 
 import fluxlab as fl
 from fluxlab.files import Checkpoint, write_tensors
@@ -404,3 +406,50 @@ def test_what_is_all_of_eight_bits_is_loaded_as_bfloat16(tmp_path):
     with torch.device("meta"):
         loaded = fl.Flux(SMALL)
     assert {p.dtype for p in fl.load_weights(loaded, tmp_path / "x.safetensors").parameters()} == {torch.bfloat16}
+
+
+def streamed(tmp_path):
+    model = randomise(fl.Flux(SMALL))
+    write_tensors(model.state_dict(), tmp_path / "x.safetensors")
+    with torch.device("meta"):
+        low = fl.Flux(SMALL)
+    return model, fl.load_weights(low, tmp_path / "x.safetensors", low_memory=True)
+
+
+def test_threads_share_a_model_whose_weights_stay_in_their_file(tmp_path):
+    model, low = streamed(tmp_path)
+    given = [small_inputs(seed=seed) for seed in (0, 1)] * 12
+    with torch.no_grad():
+        right = [model(**inputs) for inputs in given]
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda inputs: low(**inputs), given))
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(found, right, strict=True))
+
+
+def test_what_would_have_no_numbers_beside_them_is_refused(tmp_path):
+    """Other weights, and layers that others put in, such as PEFT's; and a part is copied no more than the whole."""
+    model, low = streamed(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"weights that stay in their file take no others in their place; use fl\.load"
+    ):
+        low.load_state_dict({name: torch.zeros_like(t) for name, t in model.state_dict().items()}, assign=True)
+    with pytest.raises(ValueError, match="a model whose weights stay in their file cannot be copied"):
+        copy.deepcopy(low.double_blocks[0])
+    assert (low(**small_inputs()) - model(**small_inputs())).abs().max() < 1e-5
+    inject_adapter_in_model(LoraConfig(target_modules=["qkv"], r=2), low)
+    with pytest.raises(ValueError, match="was put into a model whose weights stay in their file"):
+        low(**small_inputs())
+    fresh = streamed(tmp_path)[1]
+    fl.load_weights(fresh, tmp_path / "x.safetensors")
+    assert not any("__reduce_ex__" in vars(layer) for layer in fresh.modules())
+
+
+def test_big_endian_files_are_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "flux", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("a.weight", np.ones((2, 2), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(fl.WeightsError, match="its numbers are big-endian, for another machine"):
+        read_gguf(tmp_path / "x.gguf")

@@ -21,11 +21,7 @@ class ConfigError(ValueError):
 
 
 def whole(name: str, value: Any, least: int = 1, most: int = 2**64 - 1, error: type[ValueError] = ValueError) -> int:
-    """An argument as an int: Python's, numpy's or a tensor's.
-
-    Raises:
-        ValueError: it is not a whole number, or out of range.
-    """
+    """An argument as an int: Python's, numpy's or a tensor's; a ``ValueError`` where it is none, or out of range."""
     try:
         number = operator.index(value)
     except TypeError:

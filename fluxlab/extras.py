@@ -43,10 +43,7 @@ def importing() -> Iterator[None]:
 
 
 def check_place(device: Any, dtype: torch.dtype | None = None) -> None:
-    """
-    Raises:
-        ValueError: no such device here, or no floating dtype of two bytes and more.
-    """
+    """A ``ValueError`` where there is no such device here, or no floating dtype of two bytes and more."""
     try:
         torch.empty(0, device=torch.device(device))
     except (RuntimeError, AssertionError, TypeError, ImportError) as error:

@@ -216,10 +216,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def check_plain(name: str, tensor: Any) -> None:
-    """
-    Raises:
-        WeightsError: it is no tensor that has plain values: not on the meta device, quantized, divided or sparse.
-    """
+    """A ``WeightsError`` unless a tensor has plain values: not on the meta device, quantized, divided or sparse."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         said = f"{name} is a {type(tensor).__name__}, where a plain tensor was expected"
         raise WeightsError(f"{said}; undo what made it so, as quantize or shard")
@@ -275,11 +272,7 @@ def stream_tensors(
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        WeightsError: there is no such file, or it holds something else.
-    """
+    """A JSON object; a ``WeightsError`` where there is no such file, or it holds something else."""
     try:
         found = json.loads(at(path).read_text(encoding="utf-8"))
     except OSError as error:

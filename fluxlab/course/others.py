@@ -25,11 +25,7 @@ KINDS = ("convolution", "attention", "MLP", "modulation", "the rest")
 
 
 def other(name: str) -> nn.Module:
-    """One of ``OTHERS`` on the meta device. The UNets and SD3's transformers are diffusers' classes.
-
-    Raises:
-        ValueError: no such model.
-    """
+    """One of ``OTHERS``, else a ``ValueError``, on the meta device; UNets and SD3's are diffusers' classes."""
     if name not in OTHERS:
         raise ValueError(f"name is {name!r}; it is one of {', '.join(OTHERS)}")
     with torch.device("meta"):

@@ -20,6 +20,7 @@ from fluxlab.inspect.attention import Range, attention_weights, tokens_of
 from fluxlab.inspect.looker import Looker
 from fluxlab.inspect.names import Names, choose, unwrapped
 from fluxlab.inspect.tape import Tape
+from fluxlab.model.blocks import DoubleStreamBlock
 from fluxlab.model.observe import observers
 
 Change = Callable[[Tensor], Tensor]
@@ -232,7 +233,8 @@ def _watching(
 
     before_handle = register_module_forward_pre_hook(before)
     after_handle = register_module_forward_hook(after, always_call=True)
-    observer = Looker(points, taken, tape, [*modules.values()], changes)
+    doubles: set[nn.Module] = {part for part in modules.values() if isinstance(part, DoubleStreamBlock)}
+    observer = Looker(points, taken, tape, doubles, changes)
     observers.set((*observers.get(), observer))
     try:
         with eagerly():

@@ -48,8 +48,7 @@ def graph(module: nn.Module, inputs: FluxInputs | Mapping[str, Tensor] | Tensor)
         else:
             output = module(**(inputs.kwargs() if isinstance(inputs, FluxInputs) else inputs))
     numbers: dict[str, int] = {}  # nodes are named by their places in memory: by their order, each run draws the same
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torchviz asks distutils about torch's version
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # torchviz asks distutils for a version
         dot = make_dot(output, params=parameters)
     source = re.sub(r"\b\d{9,}\b", lambda place: f"n{numbers.setdefault(place[0], len(numbers))}", dot.source)
     # in a process of its own: graphviz' C libraries speak of the system's fonts, and a fault of theirs ends a process

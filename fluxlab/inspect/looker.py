@@ -1,15 +1,16 @@
 """What asks a model for its named tensors while it runs, for ``capture`` and ``patch``. Opened in chapter 14."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from threading import get_ident
 
 from torch import Tensor, nn
 
 from fluxlab.inspect.tape import Tape
-from fluxlab.model.blocks import DoubleStreamBlock
 from fluxlab.model.observe import observers
 
 
+@dataclass(eq=False)
 class Looker:
     """What ``see`` asks of each of its tensors: some are only remembered, until what is made of them is there.
 
@@ -17,18 +18,13 @@ class Looker:
     the output of attention, whichever block asks for either.
     """
 
-    def __init__(
-        self,
-        points: dict[tuple[nn.Module, str], str],
-        take: Callable[..., Tensor],
-        tape: Tape,
-        modules: list[nn.Module],
-        changes: bool,
-    ) -> None:
-        self.points, self.take, self.tape, self.changes = points, take, tape, changes
-        self.parts: dict[tuple[nn.Module, str], Tensor] = {}
-        self.thread = get_ident()
-        self.doubles = {module for module in modules if isinstance(module, DoubleStreamBlock)}
+    points: dict[tuple[nn.Module, str], str]
+    take: Callable[..., Tensor]
+    tape: Tape
+    doubles: set[nn.Module]  # the double blocks among what is looked at
+    changes: bool
+    parts: dict[tuple[nn.Module, str], Tensor] = field(default_factory=dict)
+    thread: int = field(default_factory=get_ident)
 
     def __call__(self, module: nn.Module, point: str, tensor: Tensor) -> Tensor:
         """The tensor that goes on."""

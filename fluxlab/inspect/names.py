@@ -73,10 +73,10 @@ def choose(module: nn.Module, names: Names) -> tuple[list[str], dict[str, list[s
     """
     known = available(module)
     if callable(names):
-        chosen = {name for name in known if names(name)}
+        chosen = [name for name in known if names(name)]
         if not chosen:
             raise ValueError(f"names is a function that chose none of the {len(known)} tensors here: {known[:3]}")
-        return (ordered := [name for name in known if name in chosen]), {"names": ordered}
+        return chosen, {"names": chosen}
     patterns = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
     if not patterns or not all(isinstance(each, str) for each in patterns):
         said = f"names is {names!r}" if patterns else "names is empty"

@@ -45,37 +45,30 @@ def _told(name: str) -> Iterator[tuple[str, list[str]]]:
     c, vae = chosen.transformer, chosen.autoencoder
     guided, and_g = (" + guidance_in(1000 g)", " and g") if c.guidance_embed else ("", "")
     shares, shift = " + ".join(map(str, c.axes_dim)), f"{-vae.shift_factor:+g}".replace("-", "− ").replace("+", "+ ")
-    yield (
-        "A flow from noise to picture",
-        [
-            "x_t = (1 − t) x_0 + t ε:  t = 1 is noise ε, t = 0 the latent x_0",
-            "velocity v = ε − x_0:  what the model predicts",
-            "Euler step: x + (t_next − t) v,  from t = 1 to t = 0",
-            "times bent: t' = e^μ / (e^μ + 1/t − 1)" if chosen.time_shift else "times evenly spaced",
-            *(["μ: 0.5 at 256 image tokens, 1.15 at 4096, linear between"] if chosen.time_shift else []),
-            f"latent x_0 = (z {shift}) × {vae.scale_factor:g},  z the VAE's",
-            f"packed: 2 × 2 cells of {vae.z_channels} channels, (c h w), make a token of {c.out_channels}",
-        ],
-    )
-    yield (
-        "One vector steers every layer",
-        [
-            f"vec = time_in(1000 t){guided} + vector_in(y)",
-            f"t{and_g} as 128 cosines and 128 sines; each _in is Linear, SiLU, Linear",
-            "shift, scale, gate = Linear(SiLU(vec))",
-            "(1 + scale) × LayerNorm(x) + shift;  x + gate × what a layer gives",
-            f"last layer: shift and scale once more, then Linear to {c.out_channels} numbers a token",
-        ],
-    )
-    yield (
-        "Where a token is",
-        [
-            "text at (0, 0, 0), an image token at (0, row, column)",
-            f"the {c.head_dim} features of a head: {shares}, in pairs of neighbours",
-            f"pair i of d features turns by position × {c.theta:g}^(−2i/d)",
-            "q and k turn, after their RMSNorm; v does not",
-        ],
-    )
+    bent = "times bent: t' = e^μ / (e^μ + 1/t − 1)\nμ: 0.5 at 256 image tokens, 1.15 at 4096, linear between"
+    formulas = f"""A flow from noise to picture
+x_t = (1 − t) x_0 + t ε:  t = 1 is noise ε, t = 0 the latent x_0
+velocity v = ε − x_0:  what the model predicts
+Euler step: x + (t_next − t) v,  from t = 1 to t = 0
+{bent if chosen.time_shift else "times evenly spaced"}
+latent x_0 = (z {shift}) × {vae.scale_factor:g},  z the VAE's
+packed: 2 × 2 cells of {vae.z_channels} channels, (c h w), make a token of {c.out_channels}
+
+One vector steers every layer
+vec = time_in(1000 t){guided} + vector_in(y)
+t{and_g} as 128 cosines and 128 sines; each _in is Linear, SiLU, Linear
+shift, scale, gate = Linear(SiLU(vec))
+(1 + scale) × LayerNorm(x) + shift;  x + gate × what a layer gives
+last layer: shift and scale once more, then Linear to {c.out_channels} numbers a token
+
+Where a token is
+text at (0, 0, 0), an image token at (0, row, column)
+the {c.head_dim} features of a head: {shares}, in pairs of neighbours
+pair i of d features turns by position × {c.theta:g}^(−2i/d)
+q and k turn, after their RMSNorm; v does not"""
+    for section in formulas.split("\n\n"):
+        title, *lines = section.splitlines()
+        yield title, lines
     parts = parameter_table(name)
     yield "Parameters", [f"{row['part']}: {row['parameters']:,}  ({row['share']})" for row in parts]
     kinds = {row["kind"]: row["share"] for row in parameter_table(name, by="kind")}

@@ -84,14 +84,7 @@ def Unscale(x) -> y:
 
 
 def autoencoder_graph(writer: Writer, c: AutoEncoderConfig, half: str, name: str) -> ModelProto:
-    """One half of the VAE without its weights, the scale and the shift inside, as ``AutoEncoder`` has them.
-
-    Args:
-        writer: for the opset and dtype that are wanted.
-        c: its sizes.
-        half: encoder or decoder.
-        name: of the variant.
-    """
+    """One half of the VAE, encoder or decoder, without its weights, the scale and the shift inside as in ours."""
     with torch.device("meta"):
         module = getattr(AutoEncoder(c), half)
     writer.define(parts(c, writer.opset))

@@ -98,6 +98,7 @@ def export_onnx(
             raise ValueError(f"opset is {opset}; part {part!r} {said}")
         if quantize is not None:
             raise ValueError(f"quantize is {quantize!r}; the text encoders, such as {part!r}, are not quantized")
+        return _write_text_encoder(chosen, part, find_files(chosen, source), _TORCH[dtype], opset, target)
     if quantize is not None:
         if quantize != "int8" or not weights or dtype != "float32":
             said = f"quantize is {quantize!r}, weights {'given' if weights else weights} and dtype {dtype!r}"
@@ -109,8 +110,6 @@ def export_onnx(
         raise ValueError(f"weights is a {type(weights).__name__}; give True, False, or tensors by their names")
     if source is not None and weights is not True:
         raise ValueError("source says where weights are, and none are read from it; ask for weights=True")
-    if part in ("t5", "clip"):
-        return _write_text_encoder(chosen, part, find_files(chosen, source), _TORCH[dtype], opset, target)
     file = None
     if weights is True or (chosen.embedded and part in ("encoder", "decoder")):  # their file tells scale and shift
         of = "autoencoder" if part in ("encoder", "decoder") else "transformer"

@@ -10,10 +10,9 @@ from collections import defaultdict
 from onnx import FunctionProto, GraphProto, ModelProto, TypeProto, helper, inliner, shape_inference
 
 SIZES = {"B": 10_007, "T": 20_011, "I": 30_011, "T+I": 50_022, "R": 60_013, "I+R": 90_024, "T+I+R": 110_035}
-SIZES |= {"h": 40_009, "w": 50_021}
-_NAMED = {size: name for name, size in SIZES.items()} | {SIZES["h"] * SIZES["w"]: "hw"}
-_NAMED |= {times * SIZES[side]: f"{times}{side}" for times in (2, 4, 8) for side in "hw"}
-_NUMBERS = {name: size for size, name in _NAMED.items()}
+SIZES |= {"h": 40_009, "w": 50_021, "hw": 40_009 * 50_021}
+SIZES |= {f"{times}{side}": times * SIZES[side] for times in (2, 4, 8) for side in "hw"}
+_NAMED = {size: name for name, size in SIZES.items()}
 
 
 def annotate(model: ModelProto) -> ModelProto:
@@ -25,7 +24,7 @@ def annotate(model: ModelProto) -> ModelProto:
     ends = [*model.graph.input, *model.graph.output]
     free = [dim for info in ends for dim in info.type.tensor_type.shape.dim if dim.dim_param]
     for dim in free:
-        dim.dim_value = _NUMBERS[dim.dim_param]
+        dim.dim_value = SIZES[dim.dim_param]
     copy = ModelProto.FromString(model.SerializeToString())
     for body in (copy.graph, *copy.functions):
         for node in body.node:

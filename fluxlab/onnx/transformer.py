@@ -22,11 +22,7 @@ _BLOCKS = {
 def transformer_graph(writer: Writer, c: FluxConfig, name: str, reference: bool = False) -> ModelProto:
     """The whole transformer without its weights: initializers have their shapes and no numbers yet.
 
-    Args:
-        writer: for the opset and dtype that are wanted.
-        c: its sizes.
-        name: of the variant.
-        reference: whether the tokens of another picture go with the image's, as Kontext takes them.
+    ``reference``: whether the tokens of another picture go with the image's, as Kontext takes them.
     """
     define_parts(writer, c)
     call = writer.call

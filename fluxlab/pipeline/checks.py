@@ -15,11 +15,7 @@ from fluxlab.config import whole
 
 
 def as_list(name: str, value: Any) -> list[Any]:
-    """One value or several, as a list; tensors and arrays are read too.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """One value or several, as a list, of tensors and arrays too; a ``ValueError`` where there is none."""
     value = value.tolist() if getattr(value, "ndim", 2) < 2 else value
     values = list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else [value]
     if not values:
@@ -28,10 +24,7 @@ def as_list(name: str, value: Any) -> list[Any]:
 
 
 def as_texts(name: str, value: Any) -> list[str]:
-    """
-    Raises:
-        ValueError: one of them is not text, or there is none.
-    """
+    """One text or several, as a list; a ``ValueError`` where one of them is not text, or there is none."""
     texts = as_list(name, value)
     if wrong := [each for each in texts if not isinstance(each, str) or re.search("[\ud800-\udfff]", each)]:
         raise ValueError(f"{name} is {wrong[0]!r}; give text")
@@ -39,11 +32,7 @@ def as_texts(name: str, value: Any) -> list[str]:
 
 
 def finite(tensor: Tensor, what: str) -> Tensor:
-    """The tensor itself; ``what`` says in the error whose it is.
-
-    Raises:
-        ValueError: a value of it is infinite or not a number.
-    """
+    """The tensor itself; a ``ValueError``, where ``what`` says whose, if a value of it is infinite or not a number."""
     if tensor.device.type != "meta" and not tensor.isfinite().all():
         bad, advice = int((~tensor.isfinite()).sum()), "look at the weights and at what they were given"
         if tensor.dtype == torch.float16:
@@ -54,13 +43,8 @@ def finite(tensor: Tensor, what: str) -> Tensor:
 
 def warn(message: str) -> None:
     """A warning that points at the caller's line: the first outside of this library and the decorators around it."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
-        "fluxlab",
-        "torch",
-        "jaxtyping",
-        "beartype",
-    ):
+    level, frame, inside = 1, sys._getframe(1), ("fluxlab", "torch", "jaxtyping", "beartype")
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in inside:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level + 1)
 
@@ -76,10 +60,7 @@ def starts_from(kind: str, given: Mapping[str, object]) -> bool:
 
 
 def check_shown(who: str, kind: str, given: Mapping[str, object]) -> None:
-    """
-    Raises:
-        ValueError: a picture that this model is shown is missing, or it has no use for one that is given.
-    """
+    """A ``ValueError`` where a picture that this model is shown is missing, or it has no use for one that is given."""
     made = kind in _MADE and given["image"] is not None
     needed = _NEEDED.get(kind, () if made else ("control",))
     used = (*needed, "image", *(["control"] if made else []), *(["mask"] if starts_from(kind, given) else []))
@@ -96,11 +77,7 @@ def check_shown(who: str, kind: str, given: Mapping[str, object]) -> None:
 
 
 def as_batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:
-    """As many prompts as seeds: one of either serves all of the other.
-
-    Raises:
-        ValueError: they are several of both, and not as many; or something else.
-    """
+    """As many prompts as seeds, where one of either serves all of the other; else a ``ValueError``."""
     prompts, seeds = as_texts("prompt", prompt), [whole("seed", each, -(2**63)) for each in as_list("seed", seed)]
     if len(prompts) == 1:
         prompts *= len(seeds)
@@ -112,10 +89,7 @@ def as_batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[li
 
 
 def check_guidance(guidance: float | None, true_cfg: float, negative_prompt: str | None) -> None:
-    """
-    Raises:
-        ValueError: one of them is out of its range, or has no effect.
-    """
+    """A ``ValueError`` where one of them is out of its range, or has no effect."""
     if guidance is not None and not (isinstance(guidance, Real) and abs(guidance) <= torch.finfo(torch.float32).max):
         raise ValueError(f"guidance is {guidance!r}; it must be a finite number, such as 3.5")
     if not (isinstance(true_cfg, Real) and 1 <= true_cfg <= torch.finfo(torch.float32).max):
@@ -128,10 +102,7 @@ def check_guidance(guidance: float | None, true_cfg: float, negative_prompt: str
 
 
 def check_callback(callback: object) -> None:
-    """
-    Raises:
-        ValueError: it cannot be called.
-    """
+    """A ``ValueError`` where it cannot be called."""
     if callback is not None and not callable(callback):
         raise ValueError(f"callback is {callback!r}; give a function that takes a Step")
 
@@ -161,11 +132,7 @@ def first_step(
 
 
 def as_weights(strength: float | Sequence[float] | None, number: int) -> list[float]:
-    """Redux's weight of each picture.
-
-    Raises:
-        ValueError: one is no finite number, or there are not as many as pictures.
-    """
+    """Redux's weight of each picture; a ``ValueError`` unless it is one finite number, or as many as pictures."""
     weights: list[float] = as_list("strength", 1.0 if strength is None else strength)
     weights = weights * number if len(weights) == 1 else weights
     finite = all(isinstance(each, Real) and abs(each) <= torch.finfo(torch.float32).max for each in weights)

@@ -28,8 +28,7 @@ class FluxInputs:
 
     def kwargs(self) -> dict[str, Tensor]:
         """What is given, by name; guidance is left out where there is none."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: tensor for name, tensor in given.items() if tensor is not None}
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with one tensor for each input.

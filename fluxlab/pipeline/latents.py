@@ -30,11 +30,7 @@ def grid(height: int, width: int) -> tuple[int, int]:
 
 
 def as_side(name: str, value: Any) -> int:
-    """Of a picture to paint, in pixels; ``name`` says in the error whose argument it is.
-
-    Raises:
-        ValueError: it is not a whole number of tokens, or above 32,000.
-    """
+    """Of a picture to paint, in pixels; a ``ValueError`` where it is no whole number of tokens, or above 32,000."""
     side = whole(name, value, most=32_000)
     if side % PIXELS:
         said = f"{name} is {side}; it must be a multiple of {PIXELS}, one token is {PIXELS}x{PIXELS} pixels"

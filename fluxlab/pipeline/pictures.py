@@ -1,6 +1,7 @@
 """Pictures in and out: a PIL image as numbers in [-1, 1], and numbers as a picture that says how it was made."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -35,11 +36,14 @@ def as_pictures(pixels: Float[Tensor, "batch rgb height width"]) -> list[Picture
     return pictures  # type: ignore[return-value]
 
 
-def turned(image: Image.Image, name: str) -> Image.Image:
-    """A picture turned as its EXIF data say; ``name`` says in the error whose argument it is.
+def as_seen(image: Image.Image, name: str = "image", ground: str = "white") -> Image.Image:
+    """A picture in RGB as a viewer shows it: turned as its EXIF data say, and laid on white where it is transparent.
+
+    ``name`` says in the error whose argument it is.
 
     Raises:
-        ValueError: it is no PIL image, is empty, has more than 8 bits a channel, or cannot be read to its end.
+        ValueError: it is no PIL image, is empty, has more than 8 bits a channel, cannot be read to its end, or PIL
+            cannot bring its mode to RGB.
     """
     if not isinstance(image, Image.Image):
         raise ValueError(f"{name} is a {type(image).__name__}; give a PIL image: Image.open(path), or fromarray")
@@ -51,19 +55,8 @@ def turned(image: Image.Image, name: str) -> Image.Image:
         image.load()
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"{name} cannot be read ({error}); open it again, or fetch it again") from error
-    try:
-        return ImageOps.exif_transpose(image)
-    except SyntaxError:  # EXIF data that cannot be read: viewers show the picture as it is
-        return image
-
-
-def as_seen(image: Image.Image, name: str = "image", ground: str = "white") -> Image.Image:
-    """A picture in RGB as a viewer shows it: turned as its EXIF data say, and laid on white where it is transparent.
-
-    Raises:
-        ValueError: as ``turned``, or PIL cannot bring its mode to RGB.
-    """
-    image = turned(image, name)
+    with suppress(SyntaxError):  # EXIF data that cannot be read: viewers show the picture as it is
+        image = ImageOps.exif_transpose(image)
     try:
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image.convert("RGBA"))

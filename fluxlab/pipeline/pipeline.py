@@ -18,16 +18,7 @@ from fluxlab.config import Variant, whole
 from fluxlab.extras import check_place
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
-from fluxlab.pipeline.checks import (
-    as_batch,
-    as_list,
-    as_weights,
-    check_callback,
-    check_guidance,
-    check_shown,
-    first_step,
-    starts_from,
-)
+from fluxlab.pipeline import checks
 from fluxlab.pipeline.control import depth, edges
 from fluxlab.pipeline.inputs import FluxInputs, first_inputs
 from fluxlab.pipeline.latents import COMPRESSION, PIXELS, as_side, grid, noise, pack, unpack
@@ -118,20 +109,20 @@ class Pipeline:
             ValueError: an argument is out of its range, or has no meaning for this model; or what a part of the
                 model gives is not finite, as where float16 overflows.
         """
-        prompts, seeds = as_batch(prompt, seed)
+        prompts, seeds = checks.as_batch(prompt, seed)
         if torch.device(self.device).type == "meta":
             raise ValueError("this pipeline is on meta, which has shapes and no numbers to paint with; load it on cpu")
         given = {"image": image, "mask": mask, "control": control}
-        check_shown(self.variant.name, self._kind, given)
-        images = [] if image is None else [as_seen(each) for each in as_list("image", image)]
+        checks.check_shown(self.variant.name, self._kind, given)
+        images = [] if image is None else [as_seen(each) for each in checks.as_list("image", image)]
         control = None if control is None else as_seen(control, "control")
-        begun = images[0] if starts_from(self._kind, given) else None  # else it is shown
+        begun = images[0] if checks.starts_from(self._kind, given) else None  # else it is shown
         height, width = self._size(height, width, control or (None if self.redux else next(iter(images), None)))
         num_steps = self.variant.num_steps if num_steps is None else whole("num_steps", num_steps)
-        weights = as_weights(strength, len(images)) if self.redux else None
-        start, strength = first_step(num_steps, begun, None if weights else strength, shown=bool(images))
-        check_guidance(guidance, true_cfg, negative_prompt)
-        check_callback(callback)
+        weights = checks.as_weights(strength, len(images)) if self.redux else None
+        start, strength = checks.first_step(num_steps, begun, None if weights else strength, shown=bool(images))
+        checks.check_guidance(guidance, true_cfg, negative_prompt)
+        checks.check_callback(callback)
         guidance = self._guidance(guidance)
         times = schedule(num_steps, math.prod(grid(height, width)), shift=self.variant.time_shift)
         pixels = None if begun is None else as_pixels(begun, height, width)
@@ -219,7 +210,7 @@ class Pipeline:
             ValueError: not as many prompts as seeds; guidance for a model without its embedder; a text encoder's
                 output is not finite.
         """
-        prompts, seeds = as_batch(prompts, seeds)
+        prompts, seeds = checks.as_batch(prompts, seeds)
         different = [each for i, each in enumerate(prompts) if each not in prompts[:i]]  # each is encoded once
         guidance = self._guidance(guidance)
         txt, y = (encoded[[different.index(prompt) for prompt in prompts]] for encoded in self.text(different))

@@ -50,14 +50,10 @@ class Redux(nn.Module):
         dtype: torch.dtype | None = torch.bfloat16,
         context_dim: int = 4096,
     ) -> Redux:
-        """From the published repository's folder, or as diffusers writes it.
+        """From the published repository's folder, or as diffusers writes it, for a transformer of this ``context_dim``.
 
-        Args:
-            folder: with ``image_encoder`` and ``feature_extractor`` in the Hugging Face format, and
-                ``flux1-redux-dev.safetensors`` or ``image_embedder``.
-            device: where it runs.
-            dtype: of its weights.
-            context_dim: the transformer's, to which the embedder must fit.
+        In it are ``image_encoder`` and ``feature_extractor`` in the Hugging Face format, and
+        ``flux1-redux-dev.safetensors`` or ``image_embedder``.
 
         Raises:
             WeightsError: a part is missing, or not what it should be.

@@ -77,11 +77,7 @@ class TextEncoders:
 
 
 def tokenizer(kind: str, source: str | Path) -> Any:
-    """transformers' tokenizer for "t5" or "clip", from a folder.
-
-    Raises:
-        WeightsError: none can be read from it.
-    """
+    """transformers' tokenizer for "t5" or "clip", from a folder; a ``WeightsError`` where none can be read from it."""
     with importing():
         from transformers import CLIPTokenizer, T5Tokenizer
     kinds: dict[str, Any] = {"t5": T5Tokenizer, "clip": CLIPTokenizer}

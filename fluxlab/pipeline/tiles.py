@@ -21,11 +21,7 @@ def encode(autoencoder: AutoEncoder, pixels: Tensor, tiled: bool = False) -> Ten
 
 
 def decode(autoencoder: AutoEncoder, latent: Tensor, tiled: bool = False) -> Tensor:
-    """A latent to pixels, in the same tiles.
-
-    Raises:
-        ValueError: the pixels are not finite.
-    """
+    """A latent to pixels, in the same tiles; a ``ValueError`` where the pixels are not finite."""
     side = 2 * autoencoder.config.resolution // COMPRESSION if tiled else max(latent.shape)
     return finite(in_tiles(autoencoder.decode, latent, side, side * COMPRESSION), "what the VAE decoded")
 

@@ -44,7 +44,7 @@ def modulation_ahead(pipe: Pipeline, release: bool = False) -> Handle:
         ValueError: ``release`` for a pipeline that ``fl.load`` did not read from a file, whose weights are on the disk
             already, or are not the file's any more, as after a LoRA was merged, or in int8.
     """
-    handle = Handle(pipe, "modulation_ahead", "modulation_ahead")
+    handle = Handle(pipe, "modulation_ahead")
     model = pipe.model
     layers: list[Any] = [module for module in model.modules() if isinstance(module, Modulation)]
     layers.append(model.final_layer.adaLN_modulation)
@@ -101,10 +101,7 @@ def _product(model: Any, layer: Any, steer: Tensor) -> Tensor:
 
 
 def _unchanged(name: str, given: Tensor, known: Tensor) -> None:
-    """
-    Raises:
-        ValueError: somebody patched what the answers were computed from, and the patch would be ignored.
-    """
+    """A ``ValueError`` where somebody patched what the answers were computed from: the patch would be ignored."""
     looked_at = not torch.compiler.is_compiling() and observers.get()
     if looked_at and not torch.allclose(given, known, rtol=0, atol=0, equal_nan=True):
         raise ValueError(f"{name} was changed, and modulation_ahead computed ahead what follows from it; undo it first")
@@ -159,37 +156,34 @@ class _State:
 
     def forward(self, *args: Any, **given: Any) -> Tensor:
         """The model's own, with functions that know the answer in place of the parts that were computed ahead."""
-        with self.lock:
-            return self._forward(*args, **given)
-
-    def _forward(self, *args: Any, **given: Any) -> Tensor:
         inputs = FluxInputs(*args, **given)
         learns = torch.is_grad_enabled() and any(
             each.requires_grad for each in (*self.model.parameters(), *inputs.kwargs().values()) if each is not None
         )
-        loop = None if learns else next((each for each in self.loops if each.fits(inputs)), None)
-        at = set(inputs.timesteps.tolist() if inputs.timesteps is not None else ())
-        row = loop.rows.get(at.pop()) if loop and len(at) == 1 else None
-        known: dict[str, Any] = {}
-        if loop is not None and row is not None and inputs.img.shape == loop.inputs.img.shape:
-            vec, text, pe = loop.vec[row : row + loop.batch], loop.txt, loop.pe
-            self.now.copy_(loop.table[row : row + loop.batch])
-            self.vec = vec
+        with self.lock:
+            loop = None if learns else next((each for each in self.loops if each.fits(inputs)), None)
+            at = set(inputs.timesteps.tolist() if inputs.timesteps is not None else ())
+            row = loop.rows.get(at.pop()) if loop and len(at) == 1 else None
+            known: dict[str, Any] = {}
+            if loop is not None and row is not None and inputs.img.shape == loop.inputs.img.shape:
+                vec, text, pe = loop.vec[row : row + loop.batch], loop.txt, loop.pe
+                self.now.copy_(loop.table[row : row + loop.batch])
+                self.vec = vec
 
-            def time_in(embedded: Tensor) -> Tensor:
-                _unchanged("timesteps", embedded, timestep_embedding(inputs.timesteps).to(embedded))
-                return vec
+                def time_in(embedded: Tensor) -> Tensor:
+                    _unchanged("timesteps", embedded, timestep_embedding(inputs.timesteps).to(embedded))
+                    return vec
 
-            known = {"time_in": time_in, "guidance_in": None, "vector_in": lambda _: 0}
-            known |= {"txt_in": lambda _: text, "pe_embedder": lambda _: pe}
-        try:
-            vars(self.model).update(known)  # found before the modules of these names
-            self.active = bool(known)
-            return self.plain(*args, **given)
-        finally:
-            self.active = False
-            for name in known:
-                del vars(self.model)[name]
+                known = {"time_in": time_in, "guidance_in": None, "vector_in": lambda _: 0}
+                known |= {"txt_in": lambda _: text, "pe_embedder": lambda _: pe}
+            try:
+                vars(self.model).update(known)  # found before the modules of these names
+                self.active = bool(known)
+                return self.plain(*args, **given)
+            finally:
+                self.active = False
+                for name in known:
+                    del vars(self.model)[name]
 
 
 def _release(handle: Handle, pipe: Pipeline, layers: list[Any]) -> None:
@@ -208,7 +202,6 @@ def _release(handle: Handle, pipe: Pipeline, layers: list[Any]) -> None:
         raise ValueError(
             f"{changed[0]} is not what its file says, as after a LoRA was merged, or in int8; undo that first"
         )
-
     for path, module in paths.items():
         part: Tensors = tensors.renamed({name: f"{path}.{name}" for name in module.state_dict()})
         handle.later(partial(_restore, module, stream(module, part, pipe.device), part, pipe.device))

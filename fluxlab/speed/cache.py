@@ -33,7 +33,7 @@ class CacheHandle(Handle):
     forwards = 0
     skipped = 0
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{self.said}: {self.skipped} of {self.forwards} forwards skipped"
 
 

@@ -26,8 +26,7 @@ def compile(pipe: Pipeline, whole: bool = False, **options: Any) -> Handle:
         ValueError: something is on the pipeline that comes after it, or does not go with it; or weights are not in
             memory, as with ``low_memory``.
     """
-    kind = "compile whole" if whole else "compile"
-    handle = Handle(pipe, kind, kind)
+    handle = Handle(pipe, "compile whole" if whole else "compile")
     check_in_memory(pipe.model)
     if any(not lora.merged for lora in pipe.loras):
         warn("a LoRA is kept apart, and each layer of it would take a program of its own; merge it before compiling")

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -24,29 +23,23 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def check_in_memory(*parts: nn.Module) -> None:
-    """
-    Raises:
-        ValueError: weights come one by one, as with ``low_memory``.
-    """
+    """A ``ValueError`` where weights come one by one, as with ``low_memory``."""
     if any(p.is_meta for part in parts for p in part.parameters()):
         raise ValueError("weights are not in memory: low_memory has them come one by one; load with low_memory=False")
 
 
 def _refuse_a_copy(_: int) -> None:
-    """
-    Raises:
-        ValueError: as the copy would run what was put on the original, with the original's weights.
-    """
+    """A ``ValueError``, as the copy would run what was put on the original, with the original's weights."""
     raise ValueError("a model with a speed-up on cannot be copied or pickled: undo it first")
 
 
 class Handle:
     """One thing that was put on: a context manager; ``str`` of it says what, as the picture's ``info`` does."""
 
-    def __init__(self, pipe: Pipeline, kind: str, said: str) -> None:
+    def __init__(self, pipe: Pipeline, kind: str, said: str = "") -> None:
         if not isinstance(pipe, Pipeline):
             raise ValueError(f"pipe is a {type(pipe).__name__}; give the pipeline that fl.load makes")
-        self.pipe, self.kind, self.said = pipe, kind, said
+        self.pipe, self.kind, self.said = pipe, kind, said or kind
         self._stack = ExitStack()
         on = [handle.kind for handle in pipe.speedups]
         if later := [other for other in on if _ORDER.index(other) >= _ORDER.index(kind)]:
@@ -56,10 +49,7 @@ class Handle:
                 raise ValueError(f"{kind} does not go with {other}, which is on this pipeline; undo that first")
 
     def __reduce_ex__(self, _: Any) -> str:
-        """
-        Raises:
-            ValueError: the copy would undo what is on the original.
-        """
+        """A ``ValueError``: the copy would undo what is on the original."""
         raise ValueError("a pipeline with a speed-up on cannot be copied or pickled: undo it first")
 
     def put(self, module: nn.Module, method: Callable[..., Any], name: str = "forward") -> None:
@@ -100,12 +90,9 @@ class Handle:
             raise ValueError(f"{self.kind} is off already; put it on anew")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         while self in self.pipe.speedups:  # after an error, what was put on later comes off too
             (self if kind is None else self.pipe.speedups[-1]).undo()
 
-    def __str__(self) -> str:
-        return self.said
-
     def __repr__(self) -> str:
-        return str(self)
+        return self.said

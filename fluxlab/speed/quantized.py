@@ -42,8 +42,7 @@ def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
     capable = linears[0].weight.is_cuda and torch.cuda.get_device_capability(linears[0].weight.device) >= (8, 9)
     if kind == "fp8" and not capable:
         raise ValueError("fp8 needs a GPU that has it (compute capability 8.9); take int8 here")
-    with importing(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with importing(), warnings.catch_warnings(action="ignore"):
         from torchao import quantization as torchao  # type: ignore[import-not-found,unused-ignore]
 
     before = [each.weight for each in linears]
@@ -60,8 +59,7 @@ def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
             linear.weight = weight
 
     try:
-        with quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet(), warnings.catch_warnings(action="ignore"):
             torchao.quantize_(pipe.model, getattr(torchao, _CONFIGS[kind])(), lambda module, name: module in linears)
     except BaseException:
         restore()

@@ -80,10 +80,7 @@ def shard(pipe: Pipeline, minutes: float = 10) -> Handle:
 
 
 def _refuse_others(*_: Any) -> None:
-    """
-    Raises:
-        ValueError: each process holds a part of the weights alone.
-    """
+    """A ``ValueError``, as each process holds a part of the weights alone."""
     raise ValueError("the weights are divided among processes; undo shard before others are loaded")
 
 

@@ -129,11 +129,7 @@ SETTINGS: dict[bool, tuple[dict[str, Any], ...]] = {  # of a model with a guidan
 def measure(pipe: Pipeline, number: int = 256, batch: int = 64, **options: Any) -> dict[str, float]:
     """What a model gets right of held-out prompts: the first ``number`` scenes of seed 0, scene ``i`` from noise ``i``.
 
-    Args:
-        pipe: the model.
-        number: of prompts.
-        batch: pictures at once.
-        **options: of the pipeline, such as ``guidance``.
+    ``options`` are the pipeline's, such as ``guidance``.
     """
     rng = np.random.default_rng(0)
     scenes = [random_scene(rng, held_out=True) for _ in range(number)]

@@ -91,11 +91,10 @@ def go_on_from(folder: Path) -> tuple[AutoEncoder, TextEncoders]:
     weights = folder / Path(DEV.autoencoder_file).name
     with torch.device("meta"):
         autoencoder = AutoEncoder(autoencoder_config(DEV, weights))
-    parts: dict[str, Any] = {}
-    for kind, path in (("t5", folder / "t5"), ("clip", folder / "clip")):
-        encoder = load_weights(empty_encoder(kind, path), path, dtype=torch.float32)
-        parts |= {kind: encoder, f"{kind}_tokenizer": tokenizer(kind, path)}
-    text = TextEncoders(**parts, t5_length=DEV.t5_length, clip_length=DEV.clip_length)
+    kinds = {kind: folder / kind for kind in ("t5", "clip")}
+    t5, clip = (load_weights(empty_encoder(kind, path), path, dtype=torch.float32) for kind, path in kinds.items())
+    words = [tokenizer(kind, path) for kind, path in kinds.items()]
+    text = TextEncoders(t5, words[0], DEV.t5_length, clip, words[1], DEV.clip_length)
     return load_weights(autoencoder, weights, dtype=torch.float32), text
 
 
@@ -125,12 +124,7 @@ def train_member(
 ) -> None:
     """Train a relative of flux-tiny, ``fill``, ``kontext`` or ``canny``, and measure it: a LoRA, where it is canny.
 
-    Args:
-        member: which one.
-        run: keeps the state of every stage.
-        recipe: how long each stage is, and with what settings.
-        output: where its weights and its record are written, if anywhere.
-        earlier: folder of the flux-tiny to go on from; by default the one in data/.
+    The other arguments are those of ``train``; it always goes on from an ``earlier`` one, by default that in data/.
 
     Raises:
         ValueError: no such member; and as ``train`` does.

@@ -76,8 +76,8 @@ def train_flow(
         load_weights(model, teacher, dtype=torch.float32)
     painter = Pipeline(replace(SCHNELL, num_steps=20, time_shift=True), model, autoencoder, text)
     preview = partial(sample_grid, painter, recipe.previewed, true_cfg=3.0)
-    learners = (model, text.t5, text.clip)
-    return learn_flow(run, recipe, "flow", learners, text, Pictures(run, recipe), recipe.flow_steps, preview)
+    learners, pictures = (model, text.t5, text.clip), Pictures(run, recipe)
+    return learn_flow(run, recipe, "flow", learners, text, pictures, recipe.flow_steps, preview, recipe.learning_rate)
 
 
 def learn_flow(
@@ -89,7 +89,7 @@ def learn_flow(
     pictures: Pictures,
     steps: int,
     preview: Callable[[Path], None],
-    learning_rate: float | None = None,
+    learning_rate: float,
 ) -> Flux:
     """The stage itself, of the first learner, a transformer, and those that learn with it.
 
@@ -120,8 +120,7 @@ def learn_flow(
 
     for learner in learners:
         learner.requires_grad_()
-    rate = recipe.learning_rate if learning_rate is None else learning_rate
-    fit(stage, nn.ModuleList((*learners, reader)), loss, steps, rate, run, recipe, preview)
+    fit(stage, nn.ModuleList((*learners, reader)), loss, steps, learning_rate, run, recipe, preview)
     hook.remove()
     return model
 

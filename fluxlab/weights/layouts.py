@@ -132,13 +132,9 @@ def translated(tensors: Tensors, config: Config, to: Layout) -> Tensors:
         WeightsError: tensors that become one are of several dtypes.
     """
     if to == "diffusers":
-        rule_of = {name: rule for rule in rules(config) for name in rule.diffusers}
-        return Tensors(
-            tensors.path,
-            to_diffusers(tensors.entries, config),
-            lambda name: rule_of[name].split(tensors[rule_of[name].official])[name],
-            tensors.metadata,
-        )
+        split = {name: rule for rule in rules(config) for name in rule.diffusers}
+        entries = to_diffusers(tensors.entries, config)
+        return Tensors(tensors.path, entries, lambda n: split[n].split(tensors[split[n].official])[n], tensors.metadata)
     for rule in rules(config):
         if len({tensors.entries[name].dtype for name in rule.diffusers}) > 1:
             said = ", ".join(f"{name} ({tensors.entries[name].dtype})" for name in rule.diffusers)

@@ -100,11 +100,7 @@ def free_memory(device: torch.device | str) -> int:
 
 
 def weights_of(module: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -> Tensors:
-    """A file's tensors under the module's names, checked, and cast when they are read.
-
-    Raises:
-        WeightsError: as ``load_weights`` says.
-    """
+    """A file's tensors under the module's names, checked, and cast when they are read; errors as ``load_weights``'s."""
     if isinstance(module, (Flux, AutoEncoder)):
         config: Any = module.config
         if isinstance(module, Flux):  # which a LoRA that is kept apart may have widened
@@ -182,11 +178,7 @@ def autoencoder_config(variant: Variant, path: str | Path) -> AutoEncoderConfig:
 
 
 def check_shapes(tensors: Tensors, wanted: Shapes, part: Part | None = None) -> None:
-    """
-    Raises:
-        WeightsError: a name, a shape or a dtype is not as wanted; the message lists what differs, and says what the
-            file looks like.
-    """
+    """A ``WeightsError`` that lists the names, shapes and dtypes that differ, and says what the file looks like."""
     wrong = [
         f"{name} is {entry.dtype} {list(entry.shape)}, where floating {list(wanted[name])} was expected"
         for name, entry in tensors.entries.items()

@@ -231,10 +231,7 @@ def _with_scale(scale: Tensor, inner: Any, x: Tensor) -> Tensor:
 
 
 def _refuse_others(module: nn.Module, *_: Any) -> None:
-    """
-    Raises:
-        ValueError: as ``undo`` would put the weights from before in place of the new ones.
-    """
+    """A ``ValueError``, as ``undo`` would put the weights from before in place of the new ones."""
     raise ValueError(f"a LoRA is merged into this {type(module).__name__}; undo() it before other weights are loaded")
 
 

@@ -130,11 +130,7 @@ def _formats(tensors: Tensors) -> set[str]:
 
 
 def finite_weights(tensor: Tensor, name: str, path: Path) -> Tensor:
-    """The tensor.
-
-    Raises:
-        WeightsError: it is not floating, or has NaN or infinity in it.
-    """
+    """The tensor; a ``WeightsError`` where it is not floating, or has NaN or infinity in it."""
     if not tensor.is_floating_point():
         raise WeightsError(f"{path}: {name} is {tensor.dtype}, where floating was expected")
     if not tensor.float().isfinite().all():

@@ -93,11 +93,7 @@ def which(path: str | Path) -> list[Part]:
 
 
 def open_part(path: str | Path, kind: str) -> Part:
-    """The one part that is asked for.
-
-    Raises:
-        WeightsError: the file cannot be read, or does not hold it; the message says what it holds.
-    """
+    """The one part that is asked for; else a ``WeightsError``, which says what the file holds."""
     parts = which(path)
     for part in parts:
         if part.kind == kind:

@@ -188,7 +188,7 @@ class _State:
 
 def _release(handle: Handle, pipe: Pipeline, layers: list[Any]) -> None:
     """The modulations' weights from their file, layer by layer."""
-    model = pipe.model
+    model: Any = pipe.model
     if pipe.files is None:
         raise ValueError("release needs the file that the weights are in; load the pipeline with fl.load")
     paths = {name: module for name, module in model.named_modules() if module in layers}
@@ -202,9 +202,16 @@ def _release(handle: Handle, pipe: Pipeline, layers: list[Any]) -> None:
         raise ValueError(
             f"{changed[0]} is not what its file says, as after a LoRA was merged, or in int8; undo that first"
         )
+    handle.later(model.register_load_state_dict_pre_hook(_refuse_others).remove)
     for path, module in paths.items():
         part: Tensors = tensors.renamed({name: f"{path}.{name}" for name in module.state_dict()})
         handle.later(partial(_restore, module, stream(module, part, pipe.device), part, pipe.device))
+
+
+def _refuse_others(model: nn.Module, tensors: Any, *_: object) -> None:
+    """A ``ValueError`` where modulations stay in their file: before the layers ahead of them have the new weights."""
+    if tensors and any("stop_streaming" in vars(layer) for layer in model.modules()):
+        raise ValueError("the modulations' weights stay in their file and take no others; use fl.load_weights")
 
 
 def _restore(module: nn.Module, stop: Callable[[], None], tensors: Tensors, device: torch.device | str) -> None:

@@ -73,7 +73,7 @@ def distil_guidance(
             target = without + guidance[:, None, None] * (with_prompt - without.float())
             target = torch.where(pictures.changed(chosen), target, with_prompt if gently else velocity)
         error = predicted(forward, replace(inputs, guidance=guidance), img).float() - target
-        return (error / (guidance[:, None, None] if gently else 1)).square().mean()
+        return pictures.mean((error / (guidance[:, None, None] if gently else 1)).square(), chosen)
 
     preview = partial(grid, Pipeline(member, student, autoencoder, text), recipe.previewed)
     fit(stage, student, loss, recipe.guidance_steps if steps is None else steps, rate, run, recipe, preview)

@@ -62,6 +62,8 @@ def encode_holes(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: Text
 class Holes(Pictures):
     """Batches of what ``encode_holes`` wrote."""
 
+    keeping = 16.0
+
     def __init__(self, run: Path, recipe: Recipe) -> None:
         super().__init__(run, recipe, "fill", (USUAL,))
 

@@ -102,6 +102,7 @@ class Pictures:
     """Batches of latents with their captions' tokens, every batch of one size, from all files of a kind in ``run``."""
 
     gently = False  # how guidance is distilled with them
+    keeping = 1.0  # the weight of an error where the prompt does not decide: there, it is small and has to be smaller
 
     def __init__(
         self, run: Path, recipe: Recipe, kind: str = "latents", sizes: Sequence[tuple[int, int]] = PICTURE_SIZES
@@ -128,3 +129,7 @@ class Pictures:
     def changed(self, chosen: dict[str, Tensor]) -> Tensor:
         """The tokens in which the prompt decides, so that guidance acts: here all."""
         return torch.ones((), dtype=torch.bool)
+
+    def mean(self, squares: Tensor, chosen: dict[str, Tensor]) -> Tensor:
+        """Of an error's squares, with ``keeping``."""
+        return torch.where(self.changed(chosen), squares, self.keeping * squares).mean()

@@ -29,8 +29,8 @@ class Recipe:
     schnell_guidance: float = 4.0  # at which they are painted
     reflow_steps: int = 2_500
     fill_pictures: int = 8_000  # each with two holes, for flux-tiny-fill-dev
-    fill_steps: int = 5_000
-    fill_guidance_steps: int = 2_000
+    fill_steps: int = 9_500
+    fill_guidance_steps: int = 1_000
     edits: int = 12_000  # for flux-tiny-kontext-dev
     told_by_caption: float = 0.25  # of them are told by the caption of the picture after
     edit_text_steps: int = 1_200  # in which the encoders learn the tokenizers' new words

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fluxlab.glossary import serves
 from fluxlab.model.autoencoder import AutoEncoder
@@ -111,7 +110,7 @@ def learn_flow(
         img, t, velocity = noisy(clean, generator, recipe.time_mean, recipe.time_spread)
         halfway.clear()
         inputs = pictures.shown(chosen).beside(FluxInputs(img, ids, txt, text_ids(*txt.shape[:2]), t, y))
-        error = F.mse_loss(predicted(forward, inputs, img).float(), velocity)
+        error = pictures.mean((predicted(forward, inputs, img).float() - velocity).square(), chosen)
         if not reads:
             return error
         told = reader(halfway[0][:, txt.shape[1] :])

@@ -759,3 +759,14 @@ def test_a_loop_with_modulation_ahead_checks_its_inputs_as_one_without(pipe, cha
             fl.denoise(pipe.model, bad, times, progress=False)
         found = fl.denoise(pipe.model, replace(inputs, timesteps=None), times, progress=False)
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_other_weights_under_a_release_are_refused_before_any_is_set(pipe):
+    before = {name: tensor.clone() for name, tensor in pipe.model.state_dict().items()}
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
+    with fl.speed.modulation_ahead(pipe, release=True):
+        with pytest.raises(ValueError, match="modulations' weights stay in their file and take no others"):
+            pipe.model.load_state_dict(zeros)
+        found = pipe.model.state_dict()
+        assert all(found[name].is_meta or torch.equal(found[name], tensor) for name, tensor in before.items())
+    pipe.model.load_state_dict(zeros)

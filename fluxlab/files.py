@@ -209,7 +209,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise WeightsError(f"{path} is a folder; give the path of a file in it")
     if not path.parent.is_dir():
         raise WeightsError(f"{path}: there is no folder {path.parent}; make it first")
-    path = path.resolve()  # of a link, what it leads to
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:40]}.") as folder:
         temporary = Path(folder) / path.name
         yield temporary

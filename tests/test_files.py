@@ -530,15 +530,6 @@ def test_paths_that_the_system_refuses(tmp_path, checkpoint):
         assert len(str(said.value)) < 400
 
 
-def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
-    real, link = tmp_path / "real.safetensors", tmp_path / "link.safetensors"
-    write_tensors({"a": torch.zeros(2)}, real)
-    link.symlink_to(real)
-    write_tensors({"a": torch.ones(2)}, link)
-    assert link.is_symlink()
-    assert torch.equal(Checkpoint(real)["a"], torch.ones(2))
-
-
 def test_a_folder_says_what_it_holds(tmp_path):
     (tmp_path / "model.gguf").touch()
     with pytest.raises(fl.WeightsError, match=r"this folder has 0 checkpoints .it holds model\.gguf.; give the path"):

@@ -126,7 +126,9 @@ class _State:
     @torch.inference_mode(False)  # the rows outlive such a block
     def begin(self, loops: Sequence[FluxInputs], times: Sequence[float]) -> None:
         with self.lock:
-            first = [torch.full((len(each.img),), times[0], device=each.img.device) for each in loops]
+            first = [
+                torch.full((len(each.img),), times[0], dtype=torch.float32, device=each.img.device) for each in loops
+            ]
             loops = [replace(each, timesteps=t) for each, t in zip(loops, first, strict=True)]
             for inputs in loops:
                 self.model._check(**vars(inputs))

@@ -68,8 +68,9 @@ def stream(module: nn.Module, tensors: Tensors, device: torch.device | str = "cp
             raise ValueError("weights that stay in their file take no others in their place; use fl.load_weights")
 
     def refuse_layers(*_: Any) -> None:
-        if others := [type(layer).__name__ for layer in module.modules() if layer not in names]:
-            said = f"a {others[0]} was put into a model whose weights stay in their file"
+        others = [layer for layer in module.modules() if layer not in names]
+        if other := [type(each).__name__ for each in others if any(p.is_meta for p in each.parameters(recurse=False))]:
+            said = f"a {other[0]} was put into a model whose weights stay in their file"
             raise ValueError(f"{said}, where it has none of its own; load the model with low_memory=False")
 
     def stop() -> None:

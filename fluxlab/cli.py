@@ -16,7 +16,8 @@ from PIL import Image
 from typer import Argument, Option
 
 import fluxlab as fl
-from fluxlab.config import FLUX2, whole
+from fluxlab.arguments import whole
+from fluxlab.config import FLUX2
 from fluxlab.course.gallery import gallery, relatives
 from fluxlab.files import at, replacing
 from fluxlab.onnx.export import GRAPHS, PARTS

@@ -5,12 +5,13 @@ tests a model's name: code asks the config.
 """
 
 import difflib
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import inf
 from numbers import Real
 from typing import Any, Literal
+
+from fluxlab.arguments import whole
 
 VERSION = "0.1.0"
 EMBEDDING_DIM = 256  # numbers of the sinusoid that a time or a guidance becomes, in every model
@@ -18,18 +19,6 @@ EMBEDDING_DIM = 256  # numbers of the sinusoid that a time or a guidance becomes
 
 class ConfigError(ValueError):
     """A config whose numbers do not fit together, or a variant that does not exist."""
-
-
-def whole(name: str, value: Any, least: int = 1, most: int = 2**64 - 1, error: type[ValueError] = ValueError) -> int:
-    """An argument as an int: Python's, numpy's or a tensor's; a ``ValueError`` where it is none, or out of range."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if not least <= number <= most:
-        limit = f"at least {least}" if number < least else f"at most {most}"
-        raise error(f"{name} is {value!r}; it must be a whole number of {limit}")
-    return number
 
 
 def _check_sizes(config: Any, *names: str, least: int = 1) -> None:
@@ -293,4 +282,4 @@ def variant(name: str) -> Variant:
         raise ConfigError(f"of {name} the transformer alone is here: fl.build({name!r}, device='meta'), and the tables")
     near = difflib.get_close_matches(str(name), VARIANTS, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? All of them" if near else "there are"
-    raise ConfigError(f"unknown variant {name!r:.60}; {hint}: {', '.join(VARIANTS)}")
+    raise ConfigError(f"unknown variant {str(name)[:60]!r}; {hint}: {', '.join(VARIANTS)}")

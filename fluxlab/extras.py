@@ -1,9 +1,8 @@
-"""What may be missing: the libraries that a plain installation does not bring, or that do not fit; and devices."""
+"""The libraries that a plain installation does not bring, and those that do not fit beside torch."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -40,14 +39,3 @@ def importing() -> Iterator[None]:
             f"a library cannot be imported ({cause}); if it was built for another torch than {torch.__version__}, as a "
             f"torchvision often is, install the one that fits, or remove it: fluxlab does not need it"
         ) from error
-
-
-def check_place(device: Any, dtype: torch.dtype | None = None) -> None:
-    """A ``ValueError`` where there is no such device here, or no floating dtype of two bytes and more."""
-    try:
-        torch.empty(0, device=torch.device(device))
-    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
-        why = str(error).partition(". ")[0].splitlines()[0]  # torch goes on for pages
-        raise ValueError(f"device is {str(device)!r}, which cannot be used here ({why})") from error
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
-        raise ValueError(f"dtype is {dtype!r}; give a floating dtype of 16 bits or more, such as torch.bfloat16")

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fluxlab.arguments import check_dtype
+
 _OTHERS = {  # how a file begins that is not safetensors: what it is, and what to do
     b"PK": "this is a zip archive, as PyTorch saves a pickle, which can run code and is never read; give safetensors",
     b"\x80": "this is a pickle, which can run code and is never read; give safetensors",
@@ -87,8 +89,7 @@ class Tensors(Mapping):  # type: ignore[type-arg]  # of str to Tensor: said, a r
         """
         if dtype is None:
             return self
-        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
-            raise WeightsError(f"dtype is {dtype!r}; give a floating dtype of 16 bits or more, such as torch.bfloat16")
+        check_dtype(dtype, WeightsError)
         entries = {name: e.to(dtype) if e.is_floating_point() else e for name, e in self.entries.items()}
         mapped = self.mapped and all(entries[name].dtype == e.dtype for name, e in self.entries.items())
 
@@ -146,7 +147,8 @@ def _shards(path: Path) -> tuple[list[Path], Collection[str] | None]:
             promised = read_json(path)["weight_map"]
             shards = {path.parent / file for file in promised.values()}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise WeightsError(f"{path}: not an index of shards ({error})") from error
+            said = f"{type(error).__name__}: {error}"
+            raise WeightsError(f"{path}: not an index of shards ({said})") from error
         if absent := sorted(file.name for file in shards if not file.exists()):
             raise WeightsError(f"{path}: names {len(absent)} files that are not there: {listed(absent)}; fetch them")
         return sorted(shards), promised
@@ -218,8 +220,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def check_plain(name: str, tensor: Any) -> None:
     """A ``WeightsError`` unless a tensor has plain values: not on the meta device, quantized, divided or sparse."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
-        said = f"{name} is a {type(tensor).__name__}, where a plain tensor was expected"
-        raise WeightsError(f"{said}; undo what made it so, as quantize or shard")
+        advice = "; undo what made it so, as quantize or shard" if isinstance(tensor, Tensor) else ""
+        raise WeightsError(f"{name} is a {type(tensor).__name__}, where a plain tensor was expected{advice}")
     if tensor.is_meta or tensor.layout != torch.strided:
         what = "on the meta device: it has no values" if tensor.is_meta else f"{tensor.layout}: it has no plain values"
         raise WeightsError(f"{name} is {what} to write")

@@ -59,7 +59,20 @@ def test_importing_fluxlab_brings_in_no_heavy_library():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-ROOMS = ["config", "glossary", "files", "extras", "model", "weights", "pipeline", "speed", "inspect", "onnx", "tiny"]
+ROOMS = [
+    "arguments",
+    "config",
+    "glossary",
+    "files",
+    "extras",
+    "model",
+    "weights",
+    "pipeline",
+    "speed",
+    "inspect",
+    "onnx",
+    "tiny",
+]
 ROOMS += ["course", "__init__", "cli", "__main__"]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from fluxlab.config import whole
+from fluxlab.arguments import whole
 from fluxlab.pipeline.checks import as_list
 from fluxlab.pipeline.control import edges
 from fluxlab.pipeline.load import load

@@ -5,13 +5,13 @@ Axes: batch B, heads H, tokens L, head width D.
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fluxlab.arguments import whole
 from fluxlab.model.rope import Heads
 
 Range = slice | Literal["text", "image"] | None
@@ -56,9 +56,9 @@ def tokens_of(chosen: Range, tokens: int, text: int | None) -> slice:
     """The tokens that a slice or a word stands for, where ``text`` of ``tokens`` are the text's."""
     if chosen is None or isinstance(chosen, slice):
         chosen = chosen or slice(None)
-        counted = all(part is None or isinstance(part, Integral) for part in (chosen.start, chosen.stop, chosen.step))
-        if not counted or (chosen.step is not None and chosen.step < 1):
-            raise ValueError(f"queries and keys are slices of whole numbers that go forward; got {chosen!r}")
+        for part, least in ((chosen.start, -(2**63)), (chosen.stop, -(2**63)), (chosen.step, 1)):
+            if part is not None:
+                whole(f"queries or keys is {chosen!r}, in which a part", part, least)
         return chosen
     if chosen not in ("text", "image"):
         raise ValueError(f"queries and keys are a slice, 'text' or 'image'; got {chosen!r}")

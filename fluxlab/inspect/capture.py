@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from fluxlab.extras import check_place
+from fluxlab.arguments import check_place
 from fluxlab.inspect.attention import Range, attention_weights, tokens_of
 from fluxlab.inspect.looker import Looker
 from fluxlab.inspect.names import Names, choose, unwrapped

@@ -7,7 +7,8 @@ from fnmatch import filter as matching
 
 from torch import nn
 
-from fluxlab.config import described, whole
+from fluxlab.arguments import whole
+from fluxlab.config import described
 from fluxlab.glossary import entries, named
 from fluxlab.inspect.table import Table
 from fluxlab.model.blocks import DoubleStreamBlock, SingleStreamBlock

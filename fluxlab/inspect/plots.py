@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluxlab.config import variant, whole
+from fluxlab.arguments import whole
+from fluxlab.config import variant
 from fluxlab.extras import importing
 from fluxlab.model.rope import rope
 

@@ -13,7 +13,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from fluxlab.config import Variant, Variant2, described, whole
+from fluxlab.arguments import whole
+from fluxlab.config import Variant, Variant2, described
 from fluxlab.extras import importing
 from fluxlab.glossary import Config, named, table_of
 from fluxlab.inspect.capture import eagerly

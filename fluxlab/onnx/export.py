@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fluxlab.config import VERSION, Variant, variant, whole
+from fluxlab.arguments import whole
+from fluxlab.config import VERSION, Variant, variant
 from fluxlab.extras import importing, quiet
 from fluxlab.files import Tensors, at, check_plain, describe_difference, replacing
 from fluxlab.weights.find import Files, find_files

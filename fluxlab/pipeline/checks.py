@@ -4,14 +4,13 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from fluxlab.config import whole
+from fluxlab.arguments import is_number, whole
 
 
 def as_list(name: str, value: Any) -> list[Any]:
@@ -90,9 +89,9 @@ def as_batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[li
 
 def check_guidance(guidance: float | None, true_cfg: float, negative_prompt: str | None) -> None:
     """A ``ValueError`` where one of them is out of its range, or has no effect."""
-    if guidance is not None and not (isinstance(guidance, Real) and abs(guidance) <= torch.finfo(torch.float32).max):
+    if guidance is not None and not is_number(guidance):
         raise ValueError(f"guidance is {guidance!r}; it must be a finite number, such as 3.5")
-    if not (isinstance(true_cfg, Real) and 1 <= true_cfg <= torch.finfo(torch.float32).max):
+    if not is_number(true_cfg, least=1):
         raise ValueError(f"true_cfg is {true_cfg!r}; it must be at least 1, where it is off")
     if negative_prompt is not None and true_cfg == 1:
         raise ValueError("negative_prompt has no effect while true_cfg is 1; give a true_cfg above 1, such as 3")
@@ -115,7 +114,7 @@ def first_step(
     Raises:
         ValueError: the strength is out of its range, has no use, or leaves nothing of the image.
     """
-    if strength is not None and not (isinstance(strength, Real) and not strength <= 0 and strength <= 1):
+    if strength is not None and not (is_number(strength, most=1) and strength > 0):
         raise ValueError(f"strength is {strength!r}; it must be above 0 and at most 1, where nothing of image is left")
     if image is None and strength is not None:
         why = "this model is shown the image and starts from noise" if shown else "there is no image to start from"
@@ -133,9 +132,8 @@ def first_step(
 
 def as_weights(strength: float | Sequence[float] | None, number: int) -> list[float]:
     """Redux's weight of each picture; a ``ValueError`` unless it is one finite number, or as many as pictures."""
-    weights: list[float] = as_list("strength", 1.0 if strength is None else strength)
+    weights = as_list("strength", 1.0 if strength is None else strength)
     weights = weights * number if len(weights) == 1 else weights
-    finite = all(isinstance(each, Real) and abs(each) <= torch.finfo(torch.float32).max for each in weights)
-    if len(weights) != number or not finite:
+    if len(weights) != number or not all(map(is_number, weights)):
         raise ValueError(f"strength is {strength!r}; give one finite number, or one for each of {number} pictures")
     return [float(each) for each in weights]

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from fluxlab.config import variant, whole
+from fluxlab.arguments import whole
+from fluxlab.config import variant
 from fluxlab.files import WeightsError, describe_difference, read_tensors, write_tensors
 from fluxlab.pipeline.latents import generator, grid, ids_device, image_ids, text_ids
 

@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from fluxlab.config import whole
+from fluxlab.arguments import whole
 from fluxlab.pipeline.checks import as_list
 
 COMPRESSION = 8  # pixels along one side of a latent cell

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from fluxlab.arguments import check_place
 from fluxlab.config import variant
-from fluxlab.extras import check_place
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.pipeline import Pipeline

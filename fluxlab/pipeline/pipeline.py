@@ -14,8 +14,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from fluxlab.config import Variant, whole
-from fluxlab.extras import check_place
+from fluxlab.arguments import check_place, whole
+from fluxlab.config import Variant
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline import checks

@@ -5,7 +5,7 @@ The more image tokens, the more noise it takes to hide a picture, so the schedul
 
 import math
 
-from fluxlab.config import whole
+from fluxlab.arguments import whole
 
 
 def shift_mu(image_tokens: int) -> float:

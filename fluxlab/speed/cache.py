@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fluxlab.arguments import is_number
 from fluxlab.model.observe import observers
 from fluxlab.pipeline.inputs import FluxInputs
 from fluxlab.pipeline.pipeline import Pipeline
@@ -55,7 +55,7 @@ def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
     Source: first-block caching of ParaAttention, Cheng 2024; the idea is that of "Timestep Embedding Tells: It's Time
     to Cache for Video Diffusion Model", Liu et al. 2024.
     """
-    if not (isinstance(threshold, Real) and 0 <= threshold <= torch.finfo(torch.float32).max):
+    if not (is_number(threshold, least=0)):
         raise ValueError(f"threshold is {threshold!r}; give a number from 0, which never skips, such as 0.1")
     handle = CacheHandle(pipe, "cache_steps", f"cache_steps({threshold:g})")
     doubles, singles = list(pipe.model.double_blocks), list(pipe.model.single_blocks)

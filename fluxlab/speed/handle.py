@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxlab.pipeline.pipeline import Pipeline
+from fluxlab.weights.stream import refuse
 
 _ORDER = ("shard", "quantize", "compile", "compile whole", "modulation_ahead", "cache_steps")
 _APART = (  # what does not go together
@@ -26,11 +27,6 @@ def check_in_memory(*parts: nn.Module) -> None:
     """A ``ValueError`` where weights come one by one, as with ``low_memory``."""
     if any(p.is_meta for part in parts for p in part.parameters()):
         raise ValueError("weights are not in memory: low_memory has them come one by one; load with low_memory=False")
-
-
-def _refuse_a_copy(_: int) -> None:
-    """A ``ValueError``, as the copy would run what was put on the original, with the original's weights."""
-    raise ValueError("a model with a speed-up on cannot be copied or pickled: undo it first")
 
 
 class Handle:
@@ -53,15 +49,16 @@ class Handle:
         raise ValueError("a pipeline with a speed-up on cannot be copied or pickled: undo it first")
 
     def put(self, module: nn.Module, method: Callable[..., Any], name: str = "forward") -> None:
-        """Another forward for a module, until ``undo``; or another method."""
-        own = vars(module)
+        """Another forward for a module, until ``undo``; or another method, of a compiled one for what it wraps."""
+        own = vars(module if name == "forward" else getattr(module, "_orig_mod", module))
         if name in own:
             self.later(partial(own.update, {name: own[name]}))
         else:
             self.later(partial(own.pop, name))
         own[name] = method
         if name == "forward":
-            self.put(module, _refuse_a_copy, "__reduce_ex__")
+            said = "a model with a speed-up on cannot be copied or pickled: undo it first"  # it would run the original
+            self.put(module, partial(refuse, said), "__reduce_ex__")
 
     def later(self, undo: Callable[[], object]) -> None:
         """What else ``undo`` has to do; what comes last is done first."""

@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import distributed
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.speed.handle import Handle, check_in_memory
+from fluxlab.weights.stream import refuse
 
 
 def processes() -> int:
@@ -29,8 +31,8 @@ def shard(pipe: Pipeline, minutes: float = 10) -> Handle:
 
     ``torchrun --nproc-per-node 2 -m fluxlab generate "a red circle"`` does it by itself. Every process runs the same
     script and paints the same picture; before a block runs, each gets the others' parts of it, and drops them after.
-    On CPUs they talk by gloo, on GPUs by NCCL. Inputs are not cast. ``undo`` makes new modules; LoRAs that are kept
-    apart are put on these anew, so that ``pipe.loras`` has other handles.
+    On CPUs they talk by gloo, on GPUs by NCCL. Inputs are not cast. ``undo`` makes new modules, and moves
+    the LoRAs that are on to these.
 
     Args:
         pipe: of every process alike.
@@ -63,8 +65,9 @@ def shard(pipe: Pipeline, minutes: float = 10) -> Handle:
     encoder: Any = t5
     for block in (*model.double_blocks, *model.single_blocks, *encoder.encoder.block):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    others = partial(refuse, "the weights are divided among processes; undo shard before others are loaded")
     for module in (model, t5):
-        handle.later(module.register_load_state_dict_pre_hook(_refuse_others).remove)
+        handle.later(module.register_load_state_dict_pre_hook(others).remove)
 
     def restore() -> None:
         loras = list(pipe.loras)  # which are of the modules that were divided
@@ -72,16 +75,10 @@ def shard(pipe: Pipeline, minutes: float = 10) -> Handle:
             lora.undo()
         pipe.model, pipe.text.t5 = _gathered(model), _gathered(t5)
         for lora in loras:
-            again = pipe.add_lora(lora.strengths)
-            pipe.lora = again if pipe.lora is lora else pipe.lora
+            lora.move({"transformer": pipe.model, "t5": pipe.text.t5})
 
     handle.later(restore)
     return handle.on()
-
-
-def _refuse_others(*_: Any) -> None:
-    """A ``ValueError``, as each process holds a part of the weights alone."""
-    raise ValueError("the weights are divided among processes; undo shard before others are loaded")
 
 
 def _gathered(module: Any) -> Any:

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fluxlab.arguments import check_place
 from fluxlab.config import AutoEncoderConfig, FluxConfig, Variant
-from fluxlab.extras import check_place, importing
+from fluxlab.extras import importing
 from fluxlab.files import Tensors, WeightsError, at, describe_difference, listed, read_json
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
@@ -53,7 +54,7 @@ def load_weights(
             is too large for ``dtype``.
         ValueError: no such device here; or a LoRA is merged into the weights.
     """
-    check_place(device)
+    check_place(device, None)
     own: Any = getattr(module, "_orig_mod", module)  # of a compiled one
     fill(own, weights_of(own, path, dtype), device, low_memory)
     return module

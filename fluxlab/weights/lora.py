@@ -9,14 +9,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fluxlab.arguments import is_number
 from fluxlab.files import WeightsError, at
 from fluxlab.weights.dialects import Change, read_lora
 
@@ -44,7 +43,6 @@ class Lora:
             raise ValueError(f"files is {files!r}; give each file once, with its strength, as {{'x.safetensors': 1}}")
         self.strengths = {str(file): _checked(file, strength) for file, strength in files.items()}
         self.merged = False
-        self._given = modules["transformer"]
         self._modules = {part: getattr(module, "_orig_mod", module) for part, module in modules.items()}
         model: Any = self._modules["transformer"]
         self._model = model
@@ -64,12 +62,30 @@ class Lora:
         if self._columns() > model.img_in.in_features < model.config.in_channels:
             said = "another LoRA that is on widens img_in, as these do; take that off, or give all files at once"
             raise WeightsError(f"{', '.join(self.strengths)}: {said}")
+        self._put()
+
+    def _put(self) -> None:
+        """Put all on, apart from the weights."""
         for layer, of_layer in self._changes.items():  # not in hooks: who looks at a layer's output sees the sum
             self._wrap(layer, partial(_sum, layer, of_layer, self.strengths))
         for norm, scale in self._scales.items():
             self._wrap(norm, partial(_with_scale, scale))
         self._widen()
         self._changed()
+
+    def move(self, modules: Mapping[str, nn.Module]) -> None:
+        """Take all off, and put them on other modules that have the same layers, apart from their weights."""
+        self.undo()
+        parts = [(part, module) for part, module in self._modules.items() if part in modules]
+        new = {
+            layer: modules[part].get_submodule(name) for part, whole in parts for name, layer in whole.named_modules()
+        }
+        self._modules |= modules
+        self._model = self._modules["transformer"]
+        changes, scales = self._changes.items(), self._scales.items()
+        self._changes = defaultdict(list, {new.get(layer, layer): of_layer for layer, of_layer in changes})
+        self._scales = {new.get(norm, norm): scale for norm, scale in scales}
+        self._put()
 
     @property
     def on(self) -> bool:
@@ -141,7 +157,8 @@ class Lora:
         for module in self._modules.values():
             if changed.isdisjoint(module.modules()):
                 continue
-            self._before.append(module.register_load_state_dict_pre_hook(_refuse_others).remove)
+            hook = partial(_refuse_others, id(module))
+            self._before.append(module.register_load_state_dict_pre_hook(hook).remove)
 
     def undo(self) -> None:
         """Take all off: the weights are again those from before, bit by bit.
@@ -161,7 +178,7 @@ class Lora:
         """Tell the list of those that are on, and what computes ahead from the weights."""
         if self.on != (self in self._among):
             (self._among.append if self.on else self._among.remove)(self)
-        getattr(self._given, "weights_change", lambda: None)()
+        getattr(self._model, "weights_change", lambda: None)()
 
     def __enter__(self) -> Lora:
         return self
@@ -230,8 +247,10 @@ def _with_scale(scale: Tensor, inner: Any, x: Tensor) -> Tensor:
     return F.rms_norm(x, scale.shape, scale.to(x), eps=1e-6)
 
 
-def _refuse_others(module: nn.Module, *_: Any) -> None:
-    """A ``ValueError``, as ``undo`` would put the weights from before in place of the new ones."""
+def _refuse_others(of: int, module: nn.Module, *_: Any) -> None:
+    """A ``ValueError``, as ``undo`` would put the weights from before in place of the new ones; not of a copy."""
+    if id(module) != of:
+        return
     raise ValueError(f"a LoRA is merged into this {type(module).__name__}; undo() it before other weights are loaded")
 
 
@@ -240,6 +259,6 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 
 
 def _checked(file: object, strength: float) -> float:
-    if not (isinstance(strength, Real) and abs(strength) <= torch.finfo(torch.float32).max):
+    if not is_number(strength):
         raise ValueError(f"strength of {file} is {strength!r}; give a finite number, such as 0.8")
     return float(strength)

@@ -735,9 +735,12 @@ def test_two_sizes_are_not_stacked(tiny):
         ({"device": "gpu"}, "device is 'gpu', which cannot be used here"),
         ({"device": "hpu"}, "device is 'hpu', which cannot be used here"),
         ({"dtype": torch.float8_e4m3fn}, "dtype is torch.float8_e4m3fn; give a floating dtype of 16 bits"),  # it ends
-        ({"queries": slice(None, None, -1)}, "slices of whole numbers that go forward"),
-        ({"keys": slice(0, 2.5)}, "slices of whole numbers that go forward"),
-        ({"keys": slice(None, None, 0)}, "slices of whole numbers that go forward"),
+        (
+            {"queries": slice(None, None, -1)},
+            r"slice.*, in which a part is -1; it must be a whole number of at least 1",
+        ),
+        ({"keys": slice(0, 2.5)}, r"slice.*, in which a part is 2.5; it must be a whole number"),
+        ({"keys": slice(None, None, 0)}, r"slice.*, in which a part is 0; it must be a whole number of at least 1"),
     ],
 )
 def test_where_and_what_to_keep_is_checked(tiny, options, message):

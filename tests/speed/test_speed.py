@@ -482,10 +482,19 @@ def raises(do, words):
 def half():
     own = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in pipe.model.parameters())
     assert abs(own - (held - blocks / 2)) < 0.01 * held, (own, held, blocks)
+def fresh():
+    return pipe.add_lora({{{lora!r}: 1.0}})
+def narrow():
+    return np.asarray(pipe({prompt!r}, num_steps=2, seed=3, progress=False)).astype(int)
 pipe.lora.merge()
 raises(lambda: fl.speed.shard(pipe), "a LoRA is merged into the weights")
 pipe.lora.undo()
-pipe.lora = pipe.add_lora(pipe.lora.strengths)
+base = narrow()
+with fresh(), fl.speed.shard(pipe):
+    assert pipe.model.config.in_channels == 128
+assert pipe.model.config.in_channels == 64 and not pipe.loras
+assert abs(narrow() - base).max() == 0
+pipe.lora = fresh()
 handle = fl.speed.shard(pipe)
 half()
 assert abs(paint() - plain).max() <= 1
@@ -770,3 +779,34 @@ def test_other_weights_under_a_release_are_refused_before_any_is_set(pipe):
         found = pipe.model.state_dict()
         assert all(found[name].is_meta or torch.equal(found[name], tensor) for name, tensor in before.items())
     pipe.model.load_state_dict(zeros)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_weights_loaded_into_a_compiled_model_are_heard_of():
+    """torch.compile puts another module around it; the loop goes on with the new weights."""
+    other = data_folder() / "flux-tiny/flux-tiny-kontext-dev.safetensors"
+
+    def loaded(put):
+        pipe = fl.load("flux-tiny-dev")
+        pipe.model = torch.compile(pipe.model, backend="eager")
+
+        def callback(step):
+            if step.index == 2:
+                fl.load_weights(pipe.model, other, dtype=torch.float32)
+
+        with put(pipe):
+            return painted(pipe, callback=callback)
+
+    assert far(loaded(fl.speed.modulation_ahead), loaded(lambda _: nullcontext())) <= 1
+    torch._dynamo.reset()
+
+
+def test_modulation_ahead_whatever_torchs_default_dtype_is(pipe):
+    pipe.to(torch.bfloat16)
+    plain = painted(pipe)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with fl.speed.modulation_ahead(pipe):
+            assert np.abs(painted(pipe) - plain).mean() < 3
+    finally:
+        torch.set_default_dtype(torch.float32)

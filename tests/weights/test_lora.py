@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -626,7 +627,7 @@ def test_a_strength_is_a_number_of_one_of_the_files(tmp_path, model):
     file = tmp_path / "x.safetensors"
     write_tensors(official(model)[0], file)
     base = out(model)
-    for strength in (float("nan"), float("inf"), 10**400, "much", None):
+    for strength in (float("nan"), float("inf"), np.float16("inf"), 10**400, "much", None):
         with pytest.raises(ValueError, match=r"strength of .*x.safetensors is .*; give a finite number"):
             Lora({"transformer": model}, {file: strength})
     with Lora({"transformer": model}, {file: 1}) as lora:
@@ -926,3 +927,29 @@ def test_other_weights_are_loaded_under_one_that_widens():
     before = out(pipe.model, inputs.kwargs())
     fl.load_weights(pipe.model, data_folder() / "flux-tiny/flux-tiny-dev.safetensors", dtype=torch.float32)
     assert torch.equal(out(pipe.model, inputs.kwargs()), before)
+
+
+def test_a_copied_model_takes_other_weights_and_the_original_does_not(tmp_path, model):
+    """Of a copy there is no LoRA to undo."""
+    write_tensors(official(model)[0], tmp_path / "x.safetensors")
+    other = randomise(fl.Flux(SMALL), 5).state_dict()
+    Lora({"transformer": model}, {tmp_path / "x.safetensors": 1}).merge()
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied.load_state_dict(other)
+        assert all(torch.equal(tensor, other[name]) for name, tensor in copied.state_dict().items())
+    with pytest.raises(ValueError, match="a LoRA is merged into this Flux"):
+        model.load_state_dict(other)
+
+
+def test_it_moves_to_other_modules_without_its_file(tmp_path, model):
+    write_tensors(with_scales(model, 1), tmp_path / "x.safetensors")
+    base, lora = out(model), Lora({"transformer": model}, {tmp_path / "x.safetensors": 1})
+    changed, other = out(model), randomise(fl.Flux(SMALL))
+    (tmp_path / "x.safetensors").unlink()
+    lora.move({"transformer": other})
+    assert torch.equal(out(model), base)
+    assert torch.equal(out(other), changed)
+    lora.merge()
+    torch.testing.assert_close(out(other), changed, rtol=1e-4, atol=1e-5)
+    lora.undo()
+    assert torch.equal(out(other), base)

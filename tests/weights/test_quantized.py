@@ -453,3 +453,26 @@ def test_big_endian_files_are_refused(tmp_path):
     writer.close()
     with pytest.raises(fl.WeightsError, match="its numbers are big-endian, for another machine"):
         read_gguf(tmp_path / "x.gguf")
+
+
+def test_an_interrupt_in_a_layer_stops_no_other_thread(tmp_path):
+    model, low = streamed(tmp_path)
+    right = model(**small_inputs())
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = low.single_blocks[0].linear1.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        low(**small_inputs())
+    hook.remove()
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(lambda: low(**small_inputs())).result(timeout=30)
+    assert (found - right).abs().max() < 1e-5
+
+
+def test_layers_without_weights_may_be_put_in(tmp_path):
+    low = streamed(tmp_path)[1]
+    shorter, low.single_blocks = randomise(fl.Flux(SMALL)), low.single_blocks[:1]
+    shorter.single_blocks = shorter.single_blocks[:1]
+    assert (low(**small_inputs()) - shorter(**small_inputs())).abs().max() < 1e-5

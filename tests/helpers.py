@@ -1,5 +1,6 @@
 """What several tests need: small models with their inputs, and a process's memory."""
 
+import os
 import subprocess
 import sys
 
@@ -66,4 +67,7 @@ peak, done = max(peak, own()), True
 thread.join()
 print(peak - start)
 """
-    return int(subprocess.check_output([sys.executable, "-c", watched], text=True))
+    plain = {
+        name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")
+    }  # which keep the freed
+    return int(subprocess.check_output([sys.executable, "-c", watched], text=True, env=plain))

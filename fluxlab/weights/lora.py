@@ -76,15 +76,16 @@ class Lora:
     def move(self, modules: Mapping[str, nn.Module]) -> None:
         """Take all off, and put them on other modules that have the same layers, apart from their weights."""
         self.undo()
-        parts = [(part, module) for part, module in self._modules.items() if part in modules]
-        new = {
-            layer: modules[part].get_submodule(name) for part, whole in parts for name, layer in whole.named_modules()
-        }
+        new: dict[Any, Any] = {}
+        for part, module in modules.items():
+            new |= {layer: module.get_submodule(name) for name, layer in self._modules[part].named_modules()}
+        changes, self._changes = self._changes, defaultdict(list)
+        for layer, of_layer in changes.items():
+            own = new.get(layer, layer)
+            self._changes[own] = [(file, replace(change, layer=own)) for file, change in of_layer]
+        self._scales = {new.get(norm, norm): scale for norm, scale in self._scales.items()}
         self._modules |= modules
         self._model = self._modules["transformer"]
-        changes, scales = self._changes.items(), self._scales.items()
-        self._changes = defaultdict(list, {new.get(layer, layer): of_layer for layer, of_layer in changes})
-        self._scales = {new.get(norm, norm): scale for norm, scale in scales}
         self._put()
 
     @property

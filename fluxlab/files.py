@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fluxlab.arguments import check_dtype
+from fluxlab.arguments import check_dtype, is_finite
 
 _OTHERS = {  # how a file begins that is not safetensors: what it is, and what to do
     b"PK": "this is a zip archive, as PyTorch saves a pickle, which can run code and is never read; give safetensors",
@@ -97,8 +97,7 @@ class Tensors(Mapping):  # type: ignore[type-arg]  # of str to Tensor: said, a r
             tensor = self[name]
             cast = tensor.to(entries[name].dtype)
             narrower = cast.dtype != tensor.dtype and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
-            pieces = (each.reshape(-1).split(2**20) for each in (cast, tensor))  # what isfinite makes may be large
-            if narrower and any(not a.isfinite().equal(b.isfinite()) for a, b in zip(*pieces, strict=True)):
+            if narrower and not is_finite(cast) and bool((cast.isinf() & tensor.isfinite()).any()):
                 wider = torch.float64 if tensor.dtype == torch.float64 else torch.bfloat16
                 raise WeightsError(f"{self.path}: {name} has values that {dtype} cannot hold; take {wider}")
             return cast

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fluxlab.arguments import is_number, whole
+from fluxlab.arguments import is_finite, is_number, whole
 
 
 def as_list(name: str, value: Any) -> list[Any]:
@@ -32,7 +32,7 @@ def as_texts(name: str, value: Any) -> list[str]:
 
 def finite(tensor: Tensor, what: str) -> Tensor:
     """The tensor itself; a ``ValueError``, where ``what`` says whose, if a value of it is infinite or not a number."""
-    if tensor.device.type != "meta" and not tensor.isfinite().all():
+    if tensor.device.type != "meta" and not is_finite(tensor):
         bad, advice = int((~tensor.isfinite()).sum()), "look at the weights and at what they were given"
         if tensor.dtype == torch.float16:
             advice = "float16 ends at 65504, which FLUX exceeds: use bfloat16 or float32, as in pipe.to(torch.bfloat16)"

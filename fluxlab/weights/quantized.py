@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fluxlab.arguments import is_finite
 from fluxlab.extras import importing
 from fluxlab.files import Tensors, WeightsError, listed
 
@@ -76,8 +77,12 @@ def read_gguf(path: Path) -> Tensors:
         tensor, entry = given[name], entries[name]
         if tensor.tensor_type.name in _FLOATS:
             return torch.from_numpy(tensor.data).view(entry.dtype).reshape(entry.shape)
-        wide = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).reshape(entry.shape)
-        return finite_weights(wide, name, path)
+        rows = np.asarray(tensor.data).reshape(-1, tensor.data.shape[-1])
+        wide = np.empty((len(rows), tensor.n_elements // len(rows)), np.float32)
+        some = 2**19 // wide.shape[1] + 1  # rows at a time, so that what is made on the way stays in the cache
+        for start in range(0, len(rows), some):
+            wide[start : start + some] = dequantize(rows[start : start + some], tensor.tensor_type)
+        return finite_weights(torch.from_numpy(wide).reshape(entry.shape), name, path)
 
     kinds = {name: tensor.tensor_type.name for name, tensor in given.items()}
     return Tensors(path, entries, read, mapped={*kinds.values()} <= _FLOATS.keys(), kinds=kinds)
@@ -133,6 +138,6 @@ def finite_weights(tensor: Tensor, name: str, path: Path) -> Tensor:
     """The tensor; a ``WeightsError`` where it is not floating, or has NaN or infinity in it."""
     if not tensor.is_floating_point():
         raise WeightsError(f"{path}: {name} is {tensor.dtype}, where floating was expected")
-    if not tensor.float().isfinite().all():
+    if not is_finite(tensor):
         raise WeightsError(f"{path}: {name} has values that are not finite; fetch the file again")
     return tensor

@@ -42,11 +42,13 @@ def write_gguf(path, tensors, kind=Q.Q8_0, architecture="flux", raw=()):
 
 @pytest.mark.parametrize("kind", [Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1], ids=lambda kind: kind.name)
 def test_what_is_read_is_the_packages_own(tmp_path, kind):
-    tensors = {"a.weight": torch.randn(6, 64), "a.bias": torch.randn(6)}
+    large = torch.randn(1031, 1024)  # which is read in pieces
+    tensors = {"a.weight": torch.randn(6, 64), "a.bias": torch.randn(6), "b.weight": large}
     write_gguf(tmp_path / "x.gguf", tensors, kind)
     found = read_gguf(tmp_path / "x.gguf")
-    theirs = gguf.quants.dequantize(gguf.quants.quantize(tensors["a.weight"].numpy(), kind), kind)
-    assert np.array_equal(found["a.weight"].float().numpy(), theirs)
+    for name in ("a.weight", "b.weight"):
+        theirs = gguf.quants.dequantize(gguf.quants.quantize(tensors[name].numpy(), kind), kind)
+        assert np.array_equal(found[name].float().numpy(), theirs)
     assert torch.equal(found["a.bias"], tensors["a.bias"])
     assert found["a.weight"].dtype == found.entries["a.weight"].dtype
     assert found.mapped == (kind in {Q.F16, Q.BF16})

@@ -140,12 +140,12 @@ class Lora:
         """Put all into the weights."""
         for layer, changes in self._changes.items():
             extra = max(0, max(change.down.shape[1] for _, change in changes) - layer.in_features)
-            weight = F.pad(layer.weight.float(), (0, extra))
+            weight = F.pad(layer.weight, (0, extra)).float()
             bias = None if layer.bias is None else layer.bias.float()
             for file, change in changes:
                 by = self.strengths[file] * change.scale
-                added = by * (change.up.to(weight) @ change.down.to(weight))
-                weight = weight + F.pad(added, (0, weight.shape[1] - added.shape[1]))
+                up, down = change.up.to(weight), change.down.to(weight)
+                weight[:, : down.shape[1]].addmm_(up, down, alpha=by)
                 if change.bias is not None:
                     bias = by * change.bias.to(weight) + (0 if bias is None else bias)
             self._set(layer, "in_features", layer.in_features + extra)

@@ -223,7 +223,6 @@ def summary(
     width: Annotated[int | None, Option(help="Of the picture, in pixels.")] = None,
 ) -> None:
     """Print a model's layers, and where its parameters, operations and gigabytes are."""
-    whole("depth", depth, 0)
     tables = [fl.parameter_table(variant), fl.parameter_table(variant, by="kind")]
     tables += [fl.flops(variant, height, width), fl.memory(variant, height, width)]
     if variant not in FLUX2:  # whose tables alone are here

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fluxlab.arguments import check_dtype, is_finite
+from fluxlab.arguments import cast, check_dtype
 
 _OTHERS = {  # how a file begins that is not safetensors: what it is, and what to do
     b"PK": "this is a zip archive, as PyTorch saves a pickle, which can run code and is never read; give safetensors",
@@ -94,13 +94,7 @@ class Tensors(Mapping):  # type: ignore[type-arg]  # of str to Tensor: said, a r
         mapped = self.mapped and all(entries[name].dtype == e.dtype for name, e in self.entries.items())
 
         def read(name: str) -> Tensor:
-            tensor = self[name]
-            cast = tensor.to(entries[name].dtype)
-            narrower = cast.dtype != tensor.dtype and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
-            if narrower and not is_finite(cast) and bool((cast.isinf() & tensor.isfinite()).any()):
-                wider = torch.float64 if tensor.dtype == torch.float64 else torch.bfloat16
-                raise WeightsError(f"{self.path}: {name} has values that {dtype} cannot hold; take {wider}")
-            return cast
+            return cast(f"{self.path}: {name}", self[name], entries[name].dtype, WeightsError)
 
         return Tensors(self.path, entries, read, self.metadata, mapped)
 
@@ -259,7 +253,9 @@ def stream_tensors(
     end = 0
     for name, entry in entries.items():
         start, end = end, end + entry.numel() * entry.itemsize
-        called = json.loads(save({"": torch.empty(0, dtype=entry.dtype)})[8:])[""]["dtype"]  # by safetensors itself
+        called = json.loads(save({"": torch.empty(0, dtype=entry.dtype, device="cpu")})[8:])[""][
+            "dtype"
+        ]  # by safetensors itself
         header[name] = {"dtype": called, "shape": list(entry.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -3,25 +3,20 @@
 Axes: batch B, heads H, tokens L, head width D, channels C.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from numbers import Integral, Real
-from threading import Lock, get_ident
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from fluxlab.arguments import check_place
+from fluxlab.arguments import cast, check_place
 from fluxlab.inspect.attention import Range, attention_weights, tokens_of
-from fluxlab.inspect.looker import Looker
-from fluxlab.inspect.names import Names, choose, unwrapped
+from fluxlab.inspect.looker import watching
+from fluxlab.inspect.names import Names
 from fluxlab.inspect.tape import Tape
-from fluxlab.model.blocks import DoubleStreamBlock
-from fluxlab.model.observe import observers
 
 Change = Callable[[Tensor], Tensor]
 
@@ -57,14 +52,14 @@ def capture(
         mean_heads: keep the mean over the heads, as ``B 1 L L``.
         forwards: keep these forwards alone, counted from 0; by default all.
         device: where to keep the tensors; by default where they are.
-        dtype: what to keep them as; by default as they are, and attention weights in float32.
+        dtype: what to keep floating ones as; by default as they are, and attention weights in float32.
         limit: GiB that the tape may hold.
 
     Raises:
         ValueError: a name picks nothing; ``limit`` is no number above 0; heads or tokens that the model does not have,
-            or of no attention; no such device here, or no floating dtype of 16 bits or more; a tensor made outside the
-            model's forward; at the end of the block, a model that did not run in it, a forward that was asked for and
-            not run, or a name that no forward made.
+            or of no attention; no such device here, or no floating dtype of 16 bits or more, or one that cannot hold
+            a value; a tensor made outside the model's forward; at the end of the block, a model that did not run in
+            it, a forward that was asked for and not run, or a name that no forward made.
         MemoryError: the tape would grow above the limit.
     """
     check_place("cpu" if device is None else device, dtype)
@@ -79,8 +74,9 @@ def capture(
         """Whether this forward is wanted, and there is room."""
         if not tape.running:
             raise ValueError(
-                f"{name} was made outside the model's forward (as by encode or decode), so its forwards cannot be told "
-                f"apart; capture the part that is called, such as autoencoder.decoder"
+                f"{name} was made outside the model's forward (as by encode or decode, ahead of a loop, or again in "
+                f"backward), so its forwards cannot be told apart; capture the part that is called, such as "
+                f"autoencoder.decoder"
             )
         if forwards is not None and tape.forwards - 1 not in forwards:
             return False
@@ -93,9 +89,18 @@ def capture(
         return True
 
     def put(name: str, tensor: Tensor) -> None:
-        kept = tensor.detach().to(device=device, dtype=dtype)
-        if kept.untyped_storage().nbytes() > kept.nbytes or kept.data_ptr() == tensor.data_ptr():
-            kept = kept.clone()  # a view would keep all that it is a view of, and change when that is changed
+        kept = tensor.detach()
+        if dtype is not None and kept.is_floating_point():
+            kept = cast(name, kept, dtype)
+        try:
+            kept = kept.to(device)
+            if kept.untyped_storage().nbytes() > kept.nbytes or kept.data_ptr() == tensor.data_ptr():
+                kept = kept.clone()  # a view would keep all that it is a view of, and change when that is changed
+        except NotImplementedError as error:
+            why = str(error).splitlines()[0]
+            raise ValueError(
+                f"{name} cannot be kept ({why}); capture outside of torch.func, or without device"
+            ) from error
         tape.put(name, tape.forwards - 1, kept)
 
     def take(name: str, tensor: Tensor) -> Tensor:
@@ -120,7 +125,7 @@ def capture(
                 put(name, attention_weights(q, k, picked, rows, columns, mean_heads))
         return attended
 
-    with _watching(model, names, take, attend, tape) as chosen:
+    with watching(model, names, take, attend, tape) as chosen:
         if (tape.heads or queries or keys) and not any(name.split(".")[-1] == "attention" for name in chosen):
             raise ValueError("heads, mean_heads, queries and keys are of attention weights, and names picks none")
         yield tape
@@ -174,115 +179,7 @@ def patch(model: nn.Module, name: Names, change: Change) -> Iterator[None]:
         raise ValueError(
             f"change is a {type(change).__name__}; give a function of the tensor, such as torch.zeros_like"
         )
-    with _watching(model, name, apply, attend, Tape(), changes=True) as chosen:
+    with watching(model, name, apply, attend, Tape(), changes=True) as chosen:
         if "clean" in chosen:
             raise ValueError("'clean' is worked out from the velocity and does not go on; change 'velocity' instead")
         yield
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How a module is watched
-# ---------------------------------------------------------------------------------------------------------------------
-
-Take = Callable[[str, Tensor], Tensor]
-Attend = Callable[[str, Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-@contextmanager
-def _watching(
-    model: nn.Module, names: Names, take: Take, attend: Attend, tape: Tape, changes: bool = False
-) -> Iterator[list[str]]:
-    """Each named tensor passes ``take``, and q, k, v and the output of named attention pass ``attend``.
-
-    The tape is told how often the model runs, and how many tokens are text.
-
-    Nothing is put on the model: PyTorch's hooks for all modules, and the observers of this thread, ask which module it
-    is. So copies are not watched, other threads neither, and nothing can stay behind.
-
-    Raises:
-        ValueError: the model did not run, or a name was made by no forward.
-    """
-    modules = unwrapped(model)
-    model = modules[""]
-    chosen, groups = choose(model, names)
-    outputs = {modules[name]: name for name in chosen if name in modules}
-    points: dict[tuple[nn.Module, str], str] = {}  # a module and a name below it, to the whole name
-    for name in chosen:
-        if name not in modules:
-            owner = max((path for path in modules if not path or name.startswith(f"{path}.")), key=len)
-            points[modules[owner], name[len(owner) :].lstrip(".")] = name
-    thread, seen = get_ident(), set[str]()
-
-    def taken(name: str, *tensors: Tensor) -> Tensor:
-        seen.add(name)
-        return take(name, *tensors) if len(tensors) == 1 else attend(name, *tensors)
-
-    def before(module: nn.Module, args: Any) -> None:
-        if module is model and get_ident() == thread and observer in observers.get():  # no other task of asyncio
-            tape.forwards += 1
-            tape.running = True
-
-    def after(module: nn.Module, args: Any, output: Any) -> Any:
-        if get_ident() != thread or observer not in observers.get():
-            return None
-        tape.running = tape.running and module is not model
-        if module not in outputs or output is None:  # as of a forward that failed
-            return None
-        seen.add(outputs[module])
-        return _each(outputs[module], output, taken)
-
-    before_handle = register_module_forward_pre_hook(before)
-    after_handle = register_module_forward_hook(after, always_call=True)
-    doubles: set[nn.Module] = {part for part in modules.values() if isinstance(part, DoubleStreamBlock)}
-    observer = Looker(points, taken, tape, doubles, changes)
-    observers.set((*observers.get(), observer))
-    try:
-        with eagerly():
-            yield chosen
-    finally:
-        observers.set(tuple(each for each in observers.get() if each is not observer))
-        before_handle.remove()
-        after_handle.remove()
-    if not tape.forwards and not seen:  # a part of an autoencoder runs without a forward of the whole
-        raise ValueError(
-            f"the {type(model).__name__} that was given did not run inside the with block, so there is nothing to see "
-            f"or to change; run that very module there, in this thread, not a copy or an exported form of it"
-        )
-    if unmade := [group for group, those in groups.items() if not seen.intersection(those)]:
-        raise ValueError(
-            f"{unmade[0]!r} was made by none of the {tape.forwards} forwards, so it was neither seen nor changed"
-        )
-
-
-_blocks: list[ExitStack] = []  # that are open now, in all threads and tasks
-_lock = Lock()
-
-
-@contextmanager
-def eagerly() -> Iterator[None]:
-    """Nothing runs compiled meanwhile. Blocks may overlap: the last to end puts back what the first found."""
-    with _lock:
-        _blocks.append(_blocks[0] if _blocks else ExitStack())
-        if len(_blocks) == 1:
-            _blocks[0].enter_context(torch.compiler.set_stance("force_eager"))
-            _blocks[0].enter_context(warnings.catch_warnings())
-            # it warns that hooks fire twice: ours ask whose call it is
-            warnings.filterwarnings("ignore", message="Using `torch.compile")
-    try:
-        yield
-    finally:
-        with _lock:
-            stack = _blocks.pop()
-            if not _blocks:
-                stack.close()
-
-
-def _each(name: str, output: Any, take: Take) -> Any:
-    """What a layer gives: one tensor, or several in a tuple, where what is no tensor is left alone."""
-    if isinstance(output, Tensor):
-        return take(name, output)
-    if isinstance(output, tuple):
-        several = enumerate(output)
-        parts = [_each(f"{name}.{i}", p, take) if isinstance(p, Tensor | tuple) else p for i, p in several]
-        return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)
-    raise ValueError(f"{name} gives a {type(output).__name__}, not a tensor; name one of its parts")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fluxlab.extras import importing
-from fluxlab.inspect.capture import eagerly
 from fluxlab.inspect.diagram import Diagram
+from fluxlab.inspect.looker import eagerly
 from fluxlab.inspect.names import unwrapped
+from fluxlab.inspect.working_memory import tensors_in
 from fluxlab.pipeline.inputs import FluxInputs
 
 _DRAW = """
@@ -49,7 +50,7 @@ def graph(module: nn.Module, inputs: FluxInputs | Mapping[str, Tensor] | Tensor)
             output = module(**(inputs.kwargs() if isinstance(inputs, FluxInputs) else inputs))
     numbers: dict[str, int] = {}  # nodes are named by their places in memory: by their order, each run draws the same
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # torchviz asks distutils for a version
-        dot = make_dot(output, params=parameters)
+        dot = make_dot(tuple(tensors_in(output)), params=parameters)
     source = re.sub(r"\b\d{9,}\b", lambda place: f"n{numbers.setdefault(place[0], len(numbers))}", dot.source)
     # in a process of its own: graphviz' C libraries speak of the system's fonts, and a fault of theirs ends a process
     drawn = subprocess.run([sys.executable, "-c", _DRAW], input=source.encode(), capture_output=True, check=False)

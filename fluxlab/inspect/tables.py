@@ -17,7 +17,7 @@ from fluxlab.arguments import whole
 from fluxlab.config import Variant, Variant2, described
 from fluxlab.extras import importing
 from fluxlab.glossary import Config, named, table_of
-from fluxlab.inspect.capture import eagerly
+from fluxlab.inspect.looker import eagerly
 from fluxlab.inspect.names import unwrapped
 from fluxlab.inspect.table import Table
 from fluxlab.model.autoencoder import AutoEncoder
@@ -44,17 +44,19 @@ def summary(
 
     Raises:
         ConfigError: no such variant.
-        ValueError: a module without inputs, or whose weights stay in their file; or what it says of its inputs.
+        ValueError: a module without inputs, or whose weights stay in their file; what it says of its inputs; ``depth``
+            is no whole number from 0.
     """
     with importing():
         import torchinfo
 
+    depth = whole("depth", depth, 0)
     if isinstance(model, str):
         chosen = described(model)
         image, text = _tokens(chosen, None, None, None, 1)
         entries = named(chosen.transformer, "input").values()
         shapes = {entry.name: entry.shape(chosen.transformer, 1, text, image) for entry in entries}
-        usual = {each: torch.empty(shape, device="meta") for each, shape in shapes.items()}
+        usual = {each: torch.empty(shape, dtype=torch.float32, device="meta") for each, shape in shapes.items()}
         inputs = usual if inputs is None else inputs
         model = cast(nn.Module, build(model, device="meta"))
     model = unwrapped(model)[""]

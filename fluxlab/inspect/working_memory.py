@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fluxlab.inspect.capture import eagerly
+from fluxlab.inspect.looker import eagerly
 from fluxlab.inspect.names import unwrapped
 
 
@@ -31,7 +31,7 @@ def working_memory(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     with (
         torch.no_grad(),
         eagerly(),
-        _Alive([*module.parameters(), *module.buffers(), *_tensors((args, kwargs))]) as alive,
+        _Alive([*module.parameters(), *module.buffers(), *tensors_in((args, kwargs))]) as alive,
     ):
         module(*args, **kwargs)
     return alive.peak
@@ -53,7 +53,7 @@ class _Alive(TorchFunctionMode):
             made = named["query"].new_empty(*named["query"].shape[:-1], named["value"].shape[-1])
         else:
             made = func(*args, **kwargs)
-        for tensor in _tensors(made):
+        for tensor in tensors_in(made):
             storage = tensor.untyped_storage()
             if id(storage) not in self.known:
                 self.known.add(id(storage))
@@ -67,10 +67,10 @@ class _Alive(TorchFunctionMode):
         self.now -= size
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors in a value, or in the tuples, lists and dicts of one."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list | dict):
         for each in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(each)
+            yield from tensors_in(each)

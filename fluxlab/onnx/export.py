@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fluxlab.arguments import is_finite, whole
+from fluxlab.arguments import cast, is_finite, whole
 from fluxlab.config import VERSION, Variant, variant
 from fluxlab.extras import importing, quiet
 from fluxlab.files import Tensors, at, check_plain, describe_difference, replacing
@@ -230,11 +230,10 @@ def _write(
 
 
 def _bytes(name: str, tensor: Tensor, dtype: torch.dtype) -> memoryview:
-    cast = tensor.detach().to("cpu", dtype)
-    if not is_finite(cast):
-        why = f"that {dtype} cannot hold; take bfloat16" if is_finite(tensor) else "that are not finite"
-        raise ValueError(f"weights: {name} has values {why}")
-    return cast.contiguous().view(torch.uint8).numpy().data
+    given = cast(f"weights: {name}", tensor.detach().cpu(), dtype)
+    if not is_finite(given):
+        raise ValueError(f"weights: {name} has values that are not finite")
+    return given.contiguous().view(torch.uint8).numpy().data
 
 
 def _write_text_encoder(

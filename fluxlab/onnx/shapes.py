@@ -44,12 +44,18 @@ def annotate(model: ModelProto) -> ModelProto:
             dims = [[dim.dim_value for dim in kind.shape.dim] for kind in found[full]]
             if len({len(each) for each in dims}) == 1:
                 sizes = [set(each) for each in zip(*dims, strict=True)]  # one of each axis, or several
-                shape = [_NAMED.get(min(each), min(each)) if len(each) == 1 else None for each in sizes]
+                shape = [_size(min(each)) if len(each) == 1 else None for each in sizes]
                 kind = found[full][0].elem_type
                 body.value_info.append(helper.make_tensor_value_info(name, kind, shape, told.get(name, "")))
     for dim in free:
         dim.dim_param = _NAMED[dim.dim_value]
     return model
+
+
+def _size(size: int) -> int | str:
+    """A size's name, or the size; of what GroupNorm sees as a row, it is a number times hw."""
+    times, rest = divmod(size, SIZES["hw"])
+    return _NAMED.get(size) or (size if rest else f"{times}hw")
 
 
 def _values(body: GraphProto | FunctionProto) -> dict[str, str]:

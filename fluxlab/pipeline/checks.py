@@ -32,7 +32,7 @@ def as_texts(name: str, value: Any) -> list[str]:
 
 def finite(tensor: Tensor, what: str) -> Tensor:
     """The tensor itself; a ``ValueError``, where ``what`` says whose, if a value of it is infinite or not a number."""
-    if tensor.device.type != "meta" and not is_finite(tensor):
+    if not is_finite(tensor):
         bad, advice = int((~tensor.isfinite()).sum()), "look at the weights and at what they were given"
         if tensor.dtype == torch.float16:
             advice = "float16 ends at 65504, which FLUX exceeds: use bfloat16 or float32, as in pipe.to(torch.bfloat16)"

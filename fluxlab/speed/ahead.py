@@ -65,7 +65,7 @@ class _Loop:
 
     def __init__(self, model: Any, inputs: FluxInputs, times: Sequence[float], layers: list[Any]) -> None:
         self.inputs, self.batch = inputs, len(inputs.img)
-        steps = torch.tensor(times[:-1], dtype=torch.float32)
+        steps = torch.tensor(times[:-1], dtype=torch.float32, device="cpu")
         self.rows = {t: i * self.batch for i, t in enumerate(steps.tolist())}
         number = len(steps)
         each = steps.to(inputs.timesteps.device).repeat_interleave(self.batch)

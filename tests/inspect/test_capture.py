@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import contextvars
 import copy
 import pickle
 import threading
@@ -751,3 +752,117 @@ def test_where_and_what_to_keep_is_checked(tiny, options, message):
         fl.capture(tiny.model, "double_blocks.0.attention", **options),
     ):
         tiny.model(**inputs.kwargs())
+
+
+def test_what_others_hooks_make_of_an_output_is_what_is_seen_and_changed(model, inputs):
+    """As an ablation does; whether it was put on before the block or in it, and around other blocks."""
+    names = ["single_blocks.0.linear2", "single_blocks.0.input", "single_blocks.0.output"]
+    seen = []
+    hook = model.single_blocks[0].linear2.register_forward_hook(lambda layer, given, output: output * 0)
+    with torch.no_grad(), fl.capture(model, names) as around, fl.patch(model, names[0], lambda x: x + 2):
+        later = model.single_blocks[0].linear2.register_forward_hook(lambda layer, given, x: seen.append(x) or x + 1)
+        with fl.capture(model, names[0]) as within:
+            model(**inputs)
+    assert around[names[0]].unique().tolist() == [1]
+    assert within[names[0]].unique().tolist() == [3]
+    assert not torch.equal(around[names[2]], around[names[1]])  # since the patched value goes on
+    assert len(seen) == 1
+    later.remove()
+    with torch.no_grad(), fl.capture(model, names) as tape:
+        model(**inputs)
+    hook.remove()
+    assert tape[names[0]].count_nonzero() == 0
+    assert torch.equal(tape[names[2]], tape[names[1]])
+    assert all(not module._forward_hooks for module in model.modules())
+
+
+def test_a_hook_of_others_that_fails_leaves_nothing_behind(model, inputs):
+    fails = [True]
+
+    def hook(layer, given, output):
+        if fails.pop():
+            raise RuntimeError("theirs")
+
+    layer = model.double_blocks[0].img_mlp[0]
+    handle = layer.register_forward_hook(hook)
+    changed = []
+    with torch.no_grad(), fl.patch(model, "double_blocks.0.img_mlp.0", lambda x: changed.append(x) or x):
+        with pytest.raises(RuntimeError, match="theirs"):
+            model(**inputs)
+        fails.append(False)
+        model(**inputs)
+    handle.remove()
+    assert len(changed) == 1
+    assert not layer._forward_hooks
+
+
+def test_a_layer_that_calls_itself_passes_each_of_its_outputs():
+    class Twice(torch.nn.Module):
+        def forward(self, x):
+            return x + 1 if x.sum() > 3 else self(x * 2) * 10
+
+    around = torch.nn.Sequential(Twice())
+    with fl.patch(around, "0", lambda x: x + 0.5):
+        assert around(torch.ones(1) * 2) == (5 + 0.5) * 10 + 0.5
+    assert not around[0]._forward_hooks
+
+
+def test_what_a_dtype_cannot_hold_is_refused_and_whole_numbers_stay_as_they_are():
+    layer = torch.nn.Sequential(torch.nn.Identity())
+    with pytest.raises(ValueError, match=r"^0 has values that torch.float16 cannot hold; take torch.bfloat16$"):  # noqa: SIM117
+        with fl.capture(layer, "0", dtype=torch.float16):
+            layer(torch.tensor([1e6]))
+    with fl.capture(layer, "0", dtype=torch.float16) as tape:
+        layer(torch.tensor([float("inf"), 1.0]))
+    assert tape["0"].tolist() == [float("inf"), 1.0]
+    for given in (torch.tensor([1001, 1003]), torch.tensor([1001 + 3j])):
+        with fl.capture(layer, "0", dtype=torch.bfloat16) as tape:
+            layer(given)
+        assert torch.equal(tape["0"], given)
+
+
+def test_what_cannot_be_kept_is_a_sentence():
+    layer = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    sparse = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    sparse[0].register_forward_hook(lambda module, given, output: output.to_sparse())
+    meta, where = torch.nn.Sequential(torch.nn.Linear(3, 3, device="meta")), {"device": "cpu"}
+    x = torch.randn(4, 3)
+    for run, model, options in (
+        (lambda: torch.vmap(layer)(x), layer, {}),
+        (lambda: torch.func.grad(lambda x: layer(x).sum())(x), layer, {}),
+        (lambda: sparse(x), sparse, {}),
+        (lambda: meta(x.to("meta")), meta, where),
+    ):
+        with pytest.raises(ValueError, match=r"^0 cannot be kept \("):  # noqa: SIM117
+            with fl.capture(model, "0", **options):
+                run()
+
+
+@pytest.mark.parametrize("output", [(None, 3), (), ((None,),)])
+def test_a_layer_that_gives_no_tensor_is_refused(output):
+    class Gives(torch.nn.Module):
+        def forward(self, x):
+            return output
+
+    class Around(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Gives()
+
+        def forward(self, x):
+            self.layer(x)
+            return x
+
+    model = Around()
+    for block in (fl.capture(model, "layer"), fl.patch(model, "layer", torch.zeros_like)):
+        with pytest.raises(ValueError, match=r"^layer(\.0)? gives a tuple, not a tensor"), block:
+            model(torch.ones(1))
+
+
+def test_a_block_that_ends_in_another_context_leaves_nothing_there(model, inputs):
+    block, context = fl.capture(model, "vec"), contextvars.copy_context()
+    context.run(block.__enter__)
+    with torch.no_grad():
+        context.run(lambda: model(**inputs))
+        block.__exit__(None, None, None)
+        context.run(lambda: model(**inputs))

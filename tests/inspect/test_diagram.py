@@ -1,5 +1,6 @@
 """The map of the model."""
 
+import copy
 import itertools
 import os
 import subprocess
@@ -235,6 +236,14 @@ def test_the_graph_of_a_module_has_its_weights():
     svg = fl.graph(model, fl.example_inputs("flux-tiny-schnell")).svg
     ElementTree.fromstring(svg)
     assert all(name in svg for name, _ in model.named_parameters())
+
+
+def test_a_graph_of_what_gives_tensors_in_tuples_or_by_names(tiny):
+    ids = {"input_ids": torch.ones(1, 4, dtype=torch.int64)}
+    parts: list = [(torch.nn.LSTM(2, 3), torch.zeros(4, 1, 2)), (copy.deepcopy(tiny.text.t5), ids)]
+    for module, inputs in parts:
+        svg = fl.graph(module.requires_grad_(True), inputs).svg
+        assert all(name in svg for name, _ in module.named_parameters())
 
 
 def test_a_graph_is_drawn_without_a_word(capfd):

@@ -135,6 +135,21 @@ def test_the_summary_is_right_on_the_meta_device_and_shows_no_multiply_adds():
     assert len(fl.summary("flux-tiny-dev", depth=4)) > len(fl.summary("flux-tiny-dev", depth=2))
 
 
+def test_a_summary_does_not_follow_the_defaults_of_torch():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert value(fl.summary("flux-dev", depth=1), "img_in", "output") == (1, 4096, 3072)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("depth", [-1, 2.5, "3"])
+def test_a_depth_that_is_none_is_refused(depth):
+    with pytest.raises(ValueError, match=r"^depth is .*; it must be a whole number of at least 0"):
+        fl.summary("flux-tiny-dev", depth=depth)
+
+
 def test_a_summary_of_any_module():
     config = fl.variant("flux-tiny-dev").autoencoder
     table = fl.summary(fl.AutoEncoder(config).decoder, torch.zeros(1, 16, 4, 4), depth=1)

@@ -162,3 +162,16 @@ def test_a_picture_does_not_follow_the_defaults_of_torch(tiny, other_defaults):
     torch.set_default_device(None)
     torch.set_default_dtype(torch.float32)
     assert picture.tobytes() == tiny("a red ring", **options).tobytes()
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_files_and_what_is_computed_ahead_do_not_follow_them_either(tmp_path, tiny, other_defaults):
+    fl.example_inputs("flux-tiny-dev", 32, 32).save(tmp_path / "x.safetensors")
+    options = {"num_steps": 2, "height": 64, "width": 64, "progress": False}
+    with fl.speed.modulation_ahead(tiny):
+        picture = tiny("a red ring", **options)
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+    assert fl.FluxInputs.load(tmp_path / "x.safetensors").img.shape == (1, 4, 64)
+    with fl.speed.modulation_ahead(tiny):
+        assert picture.tobytes() == tiny("a red ring", **options).tobytes()

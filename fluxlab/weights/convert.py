@@ -89,11 +89,7 @@ def convert(
 def convert_part(
     source: str | Path, output: str | Path, config: Config, to: Target, dtype: torch.dtype | None = None
 ) -> None:
-    """Convert one part, as ``convert`` does, to the sizes of ``config``.
-
-    Raises:
-        WeightsError: the source is not this part, or would be written as it is; or the output exists.
-    """
+    """Convert one part, as ``convert`` does and with its errors, to the sizes of ``config``."""
     _check_output(output, to)
     if to == "comfyui":
         raise WeightsError("to is 'comfyui', which is one file of all parts; for one part take official or diffusers")
@@ -149,11 +145,7 @@ def _write_json(said: dict[str, Any], path: Path) -> None:
 
 
 def diffusers_config(config: Config) -> dict[str, Any]:
-    """What diffusers' ``config.json`` says of a transformer or an autoencoder.
-
-    Raises:
-        WeightsError: it has no way to say a size.
-    """
+    """What diffusers' ``config.json`` says of a part; a ``WeightsError`` where it has no way to say a size."""
     told: dict[str, Any]
     if isinstance(config, AutoEncoderConfig):
         levels, no_convs = len(config.ch_mult), dict.fromkeys(("use_quant_conv", "use_post_quant_conv"), False)

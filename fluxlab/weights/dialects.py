@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -81,11 +80,7 @@ class _Place:
 
 
 def dialect(tensors: Tensors) -> str | None:
-    """Which dialect of LoRA a file's names are; None of a file that is no LoRA.
-
-    Raises:
-        WeightsError: it changes weights in a way that is not read here.
-    """
+    """Which dialect of LoRA a file is, None of no LoRA; a ``WeightsError`` where it changes weights in another way."""
     for what, pattern in _OTHERS.items():
         if found := [name for name in tensors if re.fullmatch(pattern, name)]:
             raise WeightsError(f"{tensors.path}: holds {what} ({listed(found, 2)}); only plain LoRA is read")
@@ -103,14 +98,13 @@ def read_lora(path: str | Path, modules: Mapping[str, nn.Module]) -> tuple[list[
         raise WeightsError(f"{path}: this is no LoRA: {listed(list(tensors), 4)}")
     transformer: Any = modules["transformer"]
     places, norms = dict(_places(modules)), dict(transformer.named_modules())
-    found: dict[_Place, dict[str, str]] = defaultdict(dict)  # the tensors of each, by their roles
-    layers: dict[_Place, str] = {}  # as the file calls them
+    found: dict[_Place, tuple[str, dict[str, str]]] = {}  # what the file calls each, and its tensors by their roles
     scales, unknown = {}, []
     for name, entry in tensors.entries.items():
         match, norm = _ROLE.fullmatch(name), norms.get(name.removesuffix(".scale"))
         if match and (place := places.get(_own(match[1]))):
-            layers[place], role = match[1], str(match.lastgroup)
-            if (other := found[place].setdefault(role, name)) != name:
+            role = str(match.lastgroup)
+            if (other := found.setdefault(place, (match[1], {}))[1].setdefault(role, name)) != name:
                 raise WeightsError(f"{path}: {name} and {other} are both the {role} of one layer")
         elif "text_projection" in name:  # which CLIP has, and FLUX does not ask
             continue
@@ -121,19 +115,17 @@ def read_lora(path: str | Path, modules: Mapping[str, nn.Module]) -> tuple[list[
     if unknown:
         said = f"{len(unknown)} tensors fit nothing in {' or '.join(modules)}: {listed(unknown, 4)}"
         raise WeightsError(f"{path}: {said}; is it of another model?")
-    for place, roles in found.items():  # before any value is read
-        shapes = {role: tensors.entries[name].shape for role, name in roles.items()}
+    for place, (layer, roles) in found.items():  # before any value is read
         columns = {place.layer.in_features}
         if place.layer is transformer.img_in:  # it may become wider, to be shown more than the noise
             columns |= {max(place.layer.in_features, _SHOWN), transformer.config.out_channels}  # or those of the noise
-        _check_shapes(path, layers[place], shapes, place, columns)
-    changes = [_change(layers[place], roles, place, tensors) for place, roles in found.items()]
+        _check_shapes(layer, roles, place, tensors, columns)
+    changes = [_change(layer, roles, place, tensors) for place, (layer, roles) in found.items()]
     return changes, {norm: finite_weights(tensors[name], name, tensors.path) for norm, name in scales.items()}
 
 
-def _check_shapes(
-    path: str | Path, layer: str, shapes: dict[str, torch.Size], place: _Place, columns: set[int]
-) -> None:
+def _check_shapes(layer: str, roles: dict[str, str], place: _Place, tensors: Tensors, columns: set[int]) -> None:
+    path, shapes = tensors.path, {role: tensors.entries[name].shape for role, name in roles.items()}
     if missing := {"down", "up"} - shapes.keys():
         raise WeightsError(f"{path}: {layer} has no {' and no '.join(sorted(missing))} matrix")
     down, up, rows = shapes["down"], shapes["up"], place.rows[1] - place.rows[0]
@@ -157,13 +149,7 @@ def _change(layer: str, roles: dict[str, str], place: _Place, tensors: Tensors) 
 
 
 def _told(tensors: Tensors, layer: str, rank: int) -> float:
-    """A layer's alpha in PEFT's config; the rank where there is none.
-
-    diffusers writes it into the file, once for each part; PEFT itself beside the file.
-
-    Raises:
-        WeightsError: it cannot be read.
-    """
+    """A layer's alpha in PEFT's config, which diffusers writes into the file, and PEFT beside it; or else the rank."""
     part, _, own = layer.partition(".")
     folder = tensors.path if tensors.path.is_dir() else tensors.path.parent
     beside = folder / "adapter_config.json"

@@ -26,11 +26,7 @@ class Files:
 
 
 def data_folder() -> Path:
-    """The folder data/: where the environment variable FLUXLAB_DATA points, or beside the package in a checkout.
-
-    Raises:
-        WeightsError: it is in neither place.
-    """
+    """The folder data/: where FLUXLAB_DATA points, or beside the package; a ``WeightsError`` where it is not there."""
     named = os.environ.get("FLUXLAB_DATA")
     folder = at(named) if named else Path(__file__).resolve().parents[2] / "data"
     if not folder.is_dir():

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fluxlab.config import VARIANTS, AutoEncoderConfig, FluxConfig
+from fluxlab.config import AutoEncoderConfig, FluxConfig
 from fluxlab.files import Tensors, WeightsError
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
@@ -126,20 +126,16 @@ def from_diffusers(tensors: Mapping[str, Tensor], config: Config) -> dict[str, T
 
 
 def translated(tensors: Tensors, config: Config, to: Layout) -> Tensors:
-    """All tensors of the other layout, each made when it is read, with the memory of one.
-
-    Raises:
-        WeightsError: tensors that become one are of several dtypes.
-    """
+    """All tensors of the other layout, each made when it is read; a ``WeightsError`` where two dtypes become one."""
     if to == "diffusers":
         split = {name: rule for rule in rules(config) for name in rule.diffusers}
         entries = to_diffusers(tensors.entries, config)
         return Tensors(tensors.path, entries, lambda n: split[n].split(tensors[split[n].official])[n], tensors.metadata)
-    for rule in rules(config):
-        if len({tensors.entries[name].dtype for name in rule.diffusers}) > 1:
-            said = ", ".join(f"{name} ({tensors.entries[name].dtype})" for name in rule.diffusers)
-            raise WeightsError(f"{tensors.path}: {said} become one tensor, {rule.official}; give a dtype for all")
     joined = {rule.official: rule for rule in rules(config)}
+    for name, rule in joined.items():
+        if len({tensors.entries[part].dtype for part in rule.diffusers}) > 1:
+            said = ", ".join(f"{part} ({tensors.entries[part].dtype})" for part in rule.diffusers)
+            raise WeightsError(f"{tensors.path}: {said} become one tensor, {name}; give a dtype for all")
     entries = from_diffusers(tensors.entries, config)
     return Tensors(tensors.path, entries, lambda name: joined[name].join(tensors), tensors.metadata)
 
@@ -151,8 +147,3 @@ def shapes(config: Config, layout: Layout = "official") -> dict[str, tuple[int, 
         tensors = (Flux(config) if isinstance(config, FluxConfig) else AutoEncoder(config)).state_dict()
     tensors = tensors if layout == "official" else to_diffusers(tensors, config)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def variants_of(found: Shapes, part: str, layout: Layout) -> list[str]:
-    """The variants whose transformer or autoencoder has exactly these tensors in this layout."""
-    return [name for name, known in VARIANTS.items() if shapes(getattr(known, part), layout) == found]

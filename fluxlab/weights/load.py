@@ -27,6 +27,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # T5-XXL v1.1 and CLIP-L, where they d
     "t5": {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"},
     "clip": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
 }
+_ENCODERS = {"t5": "T5EncoderModel", "clip": "CLIPTextModel"}  # transformers' classes
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -108,7 +109,8 @@ def weights_of(module: nn.Module, path: str | Path, dtype: torch.dtype | None = 
             config = replace(config, in_channels=module.img_in.in_features)
         return opened(path, config, "official", dtype, True)
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    kind = {"T5EncoderModel": "t5", "CLIPTextModel": "clip"}.get(type(module).__name__)  # else any module, as Redux's
+    called = type(module).__name__
+    kind = next((kind for kind, name in _ENCODERS.items() if name == called), None)  # of none, as of Redux's
     tensors = open_tensors(path) if kind is None else _encoder(open_part(path, kind), wanted)
     if kind is None:  # transformers wrote SigLIP's names after a prefix, and does so no more
         tensors = tensors.renamed({n if n in wanted else n.removeprefix("vision_model."): n for n in tensors})
@@ -121,10 +123,7 @@ def opened(
 ) -> Tensors:
     """A transformer's or an autoencoder's tensors in a layout, checked; each cast and translated when it is read.
 
-    ``narrow``: without a dtype, all get the narrowest that holds the values of all.
-
-    Raises:
-        WeightsError: as ``load_weights`` says; or tensors of several dtypes become one.
+    Without a dtype each keeps its own; ``narrow``: all get the narrowest that holds the values of all.
     """
     part = open_part(path, "transformer" if isinstance(config, FluxConfig) else "autoencoder")
     check_shapes(part.tensors, shapes(config, part.layout), part)
@@ -158,17 +157,11 @@ def _encoder(part: Part, wanted: Shapes) -> Tensors:
 
 
 def autoencoder_config(variant: Variant, path: str | Path) -> AutoEncoderConfig:
-    """A variant's VAE config, with the scale and shift that are written beside the weights, if any are.
-
-    They stand in the metadata of the files that fluxlab writes, and in the ``config.json`` of diffusers' folders.
-
-    Raises:
-        WeightsError: the file cannot be read, or they are no such numbers.
-    """
+    """A variant's VAE config, with the scale and shift that its file tells; a ``WeightsError`` where they are none."""
     path = at(path)
-    told: dict[str, Any] = open_tensors(path).metadata
+    told: dict[str, Any] = open_tensors(path).metadata  # of the files that fluxlab writes
     beside = (path if path.is_dir() else path.parent) / "config.json"
-    if beside.is_file() and (config := read_json(beside)).get("_class_name") == "AutoencoderKL":
+    if beside.is_file() and (config := read_json(beside)).get("_class_name") == "AutoencoderKL":  # diffusers' folder
         told = {"shift_factor": config.get("shift_factor") or 0}  # null there is no shift
         told |= {"scale_factor": config["scaling_factor"]} if "scaling_factor" in config else {}
     factors = {name: told[name] for name in ("scale_factor", "shift_factor") if name in told}
@@ -192,24 +185,17 @@ def check_shapes(tensors: Tensors, wanted: Shapes, part: Part | None = None) -> 
 
 
 def empty_encoder(kind: str, source: str | Path, chosen: Variant | None = None) -> Any:
-    """transformers' T5 encoder ("t5") or CLIP text model ("clip") on the meta device, for the weights of ``source``.
-
-    A folder's config is its own; a file has none, and those of the variant serve it: in data/, or the published.
-
-    Raises:
-        WeightsError: the folder's config cannot be read, or there is none.
-    """
+    """transformers' "t5" or "clip" on the meta device; a ``WeightsError`` where the config beside it makes none."""
     with importing():
-        from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+        import transformers
 
-    classes: dict[str, tuple[Any, Any]] = {"t5": (T5Config, T5EncoderModel), "clip": (CLIPTextConfig, CLIPTextModel)}
-    config_class, model_class = classes[kind]
-    folder = at(source)
+        encoder: Any = getattr(transformers, _ENCODERS[kind])
+    folder = at(source)  # a file has no config: the variant's serves it, in data/ or as it was published
     if not folder.is_dir() and chosen is not None and chosen.embedded:
         folder = data_folder() / {"t5": chosen.t5, "clip": chosen.clip}[kind]
     told = encoder_config(folder) if folder.is_dir() else PUBLISHED[kind]
     try:
         with torch.device("meta"):
-            return model_class(config_class.from_dict(told))
+            return encoder(encoder.config_class.from_dict(told))
     except Exception as error:  # a config that is odd raises of every kind
         raise WeightsError(f"{folder}: no {kind.upper()} can be made from its config.json ({error!r})") from error

@@ -14,7 +14,8 @@ from fluxlab.arguments import is_finite
 from fluxlab.extras import importing
 from fluxlab.files import Tensors, WeightsError, listed
 
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of GGUF's types
+# GGUF's types and architectures: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ARCHITECTURES = ("flux", "t5", "t5encoder", None)  # None is what stable-diffusion.cpp writes
 _EIGHT_BITS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 _SCALE = re.compile(r"(.*)\.(?:scale_weight|weight_scale)")
@@ -23,13 +24,7 @@ _BITSANDBYTES = re.compile(r".*\.(?:SCB|weight_format|absmax|quant_map|quant_sta
 
 
 def read_gguf(path: Path) -> Tensors:
-    """A GGUF file: floats stay mapped, quantized tensors become float32, as the gguf package dequantizes them.
-
-    Raises:
-        WeightsError: the file is not whole, is of another architecture, or has a type that cannot be dequantized.
-
-    Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-    """
+    """A GGUF file: floats stay mapped, others become float32; a ``WeightsError`` where it cannot be read so."""
     with importing():
         from gguf import GGML_QUANT_SIZES, GGUFEndian, GGUFReader
         from gguf.quants import dequantize
@@ -58,10 +53,8 @@ def read_gguf(path: Path) -> Tensors:
         for name, tensor in given.items():
             shape = told.get(f"comfy.gguf.orig_shape.{name}") or tensor.shape[::-1].tolist()
             entries[name] = torch.empty(shape, dtype=_FLOATS.get(tensor.tensor_type.name, torch.float32), device="meta")
-            if entries[name].numel() != tensor.n_elements:
-                raise WeightsError(
-                    f"{path}: {name} has {tensor.n_elements} numbers, where its shape {shape} says another"
-                )
+            if entries[name].numel() != (numbers := tensor.n_elements):
+                raise WeightsError(f"{path}: {name} has {numbers} numbers, where its shape {shape} says another")
         places = sorted((tensor.data_offset, tensor.data_offset + int(tensor.n_bytes)) for tensor in given.values())
         if any(end > start for (_, end), (start, _) in pairwise(places)):
             raise WeightsError(f"{path}: its tensors overlap")
@@ -89,12 +82,7 @@ def read_gguf(path: Path) -> Tensors:
 
 
 def unscaled(tensors: Tensors) -> Tensors:
-    """A safetensors file's own tensors; of eight-bit floats with a scale beside them, the float32 product.
-
-    Raises:
-        WeightsError: it is quantized in a way that is not read here; or a scale is without its weight, of a shape that
-            fits nothing, or not finite.
-    """
+    """A file's own tensors, and of those with a scale the float32 product; a ``WeightsError`` where scales fit none."""
     path, names = tensors.path, list(tensors)
     if found := list(filter(_BITSANDBYTES.fullmatch, names)):
         said = f"quantized by bitsandbytes ({listed(found, 2)}), which only bitsandbytes reads"

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fluxlab.config import VARIANTS
 from fluxlab.files import Checkpoint, Tensors, WeightsError, at, listed
 from fluxlab.weights.dialects import dialect
-from fluxlab.weights.layouts import variants_of
+from fluxlab.weights.layouts import shapes
 from fluxlab.weights.quantized import read_gguf, unscaled
 
 _PREFIX = (
@@ -42,9 +43,11 @@ class Part:
 
     @property
     def variants(self) -> list[str]:
-        """Whose transformer or autoencoder it may be."""
-        shapes = {name: tuple(entry.shape) for name, entry in self.tensors.entries.items()}
-        return variants_of(shapes, self.kind, self.layout) if self.kind in ("transformer", "autoencoder") else []
+        """Whose transformer or autoencoder it may be: those that have exactly these names and shapes."""
+        if self.kind not in ("transformer", "autoencoder"):
+            return []
+        found = {name: tuple(entry.shape) for name, entry in self.tensors.entries.items()}
+        return [name for name, known in VARIANTS.items() if shapes(getattr(known, self.kind), self.layout) == found]
 
     def __str__(self) -> str:
         entries, of = self.tensors.entries, ""
@@ -95,19 +98,14 @@ def which(path: str | Path) -> list[Part]:
 def open_part(path: str | Path, kind: str) -> Part:
     """The one part that is asked for; else a ``WeightsError``, which says what the file holds."""
     parts = which(path)
-    for part in parts:
-        if part.kind == kind:
-            return part
+    if wanted := [part for part in parts if part.kind == kind]:
+        return wanted[0]
     said = "; and ".join(map(str, parts))
     raise WeightsError(f"{path}: this is {said}, where the {_CALLED.get(kind, kind)} was expected")
 
 
 def open_tensors(path: str | Path) -> Tensors:
-    """All tensors of a safetensors or GGUF file, or of shards; quantized ones are widened when they are read.
-
-    Raises:
-        WeightsError: it cannot be read.
-    """
+    """All tensors of a file or of shards, quantized ones widened when they are read; else a ``WeightsError``."""
     path = at(path)
     return read_gguf(path) if is_gguf(path) else unscaled(Checkpoint(path))
 

@@ -15,17 +15,13 @@ AXES = {"B": "B", "T": "T", "I": "I", "L": "T+I"}  # of free size
 _WIDE = ("img_ids", "txt_ids", "timesteps", "guidance", "pe")  # float32 in a model of any dtype
 
 
-def define_parts(writer: Writer, c: FluxConfig, whole: bool = True) -> None:
-    """Every kind of part that a model of this config has, the smallest first; for the whole of it, or for one block.
-
-    Raises:
-        ValueError: the config has no biases of q, k and v, which every function here takes.
-    """
+def define_parts(writer: Writer, c: FluxConfig) -> None:
+    """Every kind of part of a model, the smallest first; a ``ValueError`` where q, k and v have no biases."""
     if not c.qkv_bias:
         raise ValueError("qkv_bias is False, and the graph is written for models whose qkv has a bias")
     writer.define(SILU + _small(c, writer.opset, writer.dtype))
-    writer.define(double_block(whole), "double_blocks.{i}.")
-    writer.define(single_block(c, whole), "single_blocks.{i}.")
+    writer.define(double_block(), "double_blocks.{i}.")
+    writer.define(single_block(c), "single_blocks.{i}.")
     writer.define(last_layer(c), "final_layer.")
 
 
@@ -172,12 +168,12 @@ def SingleModulation(vec, lin.weight, lin.bias) -> (shift, scale, gate):
 """
 
 
-_HANDING = """next.vec = Identity(vec)  # For the next block: so a picture of the whole is a straight column
+# what a block hands on to the next: wires from one source to all of them would hide all else
+_HANDED = """next.vec = Identity(vec)  # For the next block: so a picture of the whole is a straight column
     next.pe = Identity(pe)  # For the next block"""
-_HANDED = ", next.vec, next.pe"  # in a whole model, from block to block: wires to all of them would hide all else
 
 
-def double_block(whole: bool) -> str:
+def double_block() -> str:
     """Two streams: each comes with weights of its own, they meet in one attention, and each goes on by itself."""
     before, after = (
         """
@@ -200,7 +196,7 @@ def double_block(whole: bool) -> str:
     )
     return f"""
 def DoubleStreamBlock(img, txt, vec, pe, {_weights("double_blocks.{i}.")}) -> (
-        img.output, txt.output{_HANDED if whole else ""}):
+        img.output, txt.output, next.vec, next.pe):
     "Text and image, each with weights of its own, meet in one attention"
     {before.format(s="txt", word="text")} {before.format(s="img", word="image")}
     q = Concat(txt_attn.q, img_attn.q, axis=2)
@@ -209,14 +205,14 @@ def DoubleStreamBlock(img, txt, vec, pe, {_weights("double_blocks.{i}.")}) -> (
     attended = Attention(q, k, v, pe)
     txt_attended, img_attended = SplitStreams(attended, txt)  # Attention's output, text and image apart again
     {after.format(s="txt", word="text")} {after.format(s="img", word="image")}
-    {_HANDING if whole else ""}
+    {_HANDED}
 """
 
 
-def single_block(c: FluxConfig, whole: bool) -> str:
+def single_block(c: FluxConfig) -> str:
     """One stream: attention and MLP side by side, from one Linear and into one Linear."""
     return f"""
-def SingleStreamBlock(x, vec, pe, {_weights("single_blocks.{i}.")}) -> (output{_HANDED if whole else ","}):
+def SingleStreamBlock(x, vec, pe, {_weights("single_blocks.{i}.")}) -> (output, next.vec, next.pe):
     "Text and image as one sequence; attention and MLP side by side, from one Linear and into one Linear"
     modulation.shift, modulation.scale, modulation.gate = SingleModulation(
         vec, modulation.lin.weight, modulation.lin.bias)
@@ -234,7 +230,7 @@ def SingleStreamBlock(x, vec, pe, {_weights("single_blocks.{i}.")}) -> (output{_
     side_by_side = Concat(attended, mlp_act, axis=-1)
     linear2 = Linear(side_by_side, linear2.weight, linear2.bias)
     output = AddGated(x, modulation.gate, linear2)
-    {_HANDING if whole else ""}
+    {_HANDED}
 """
 
 

@@ -89,8 +89,9 @@ def transformer_graph(writer: Writer, c: FluxConfig, name: str, reference: bool 
 
 def block_graph(writer: Writer, c: FluxConfig, kind: str, name: str) -> ModelProto:
     """One double_block or single_block, its weights named below the block; otherwise as ``transformer_graph``."""
-    define_parts(writer, c, whole=False)
+    define_parts(writer, c)
     block = writer.functions["DoubleStreamBlock" if kind == "double_block" else "SingleStreamBlock"]
+    del block.output[-2:], block.node[-2:]  # what is handed on to the next block
     nodes = writer.nodes(f"{', '.join(block.output)} = {block.name}({', '.join(block.input)})")
     nodes[0].name = kind
     streams = ["img", "txt"] if kind == "double_block" else ["x"]

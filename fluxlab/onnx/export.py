@@ -30,6 +30,7 @@ GRAPHS: dict[str, tuple[str, Part]] = {  # those in exported/, without weights, 
     "vae-decoder.onnx": ("flux-dev", "decoder"),
 }
 _TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_VAE = ("encoder", "decoder")
 _EMBED = 0.25e9  # bytes of weights that are kept inside the file: a message is held twice while it is written
 _ALIGN = 4096  # bytes: a weight in a file of its own starts at a multiple, so that it can be mapped
 
@@ -91,29 +92,29 @@ def export_onnx(
         raise FileNotFoundError(f"{target}: there is no folder {target.parent}")
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder; give the path of a file in it")
-    if part in ("t5", "clip"):
-        if weights is not True:
-            raise ValueError(f"part {part!r} is traced from the encoder on disk; ask for weights=True")
-        if opset < 18:
-            said = "is traced by PyTorch's exporter, which writes 18 and later"
-            raise ValueError(f"opset is {opset}; part {part!r} {said}")
-        if quantize is not None:
-            raise ValueError(f"quantize is {quantize!r}; the text encoders, such as {part!r}, are not quantized")
-        return _write_text_encoder(chosen, part, find_files(chosen, source), _TORCH[dtype], opset, target)
-    if quantize is not None:
-        if quantize != "int8" or not weights or dtype != "float32":
-            said = f"quantize is {quantize!r}, weights {'given' if weights else weights} and dtype {dtype!r}"
-            raise ValueError(f"{said}; quantize='int8' goes with weights, and with dtype float32")
-        flat, opset = True, 17
-    if dtype == "bfloat16" and part in ("encoder", "decoder") and opset < 22:
-        raise ValueError(f"dtype is 'bfloat16' and opset {opset}; ONNX's convolutions take it from 22 on")
     if not isinstance(weights, bool | Mapping):
         raise ValueError(f"weights is a {type(weights).__name__}; give True, False, or tensors by their names")
-    if source is not None and weights is not True:
-        raise ValueError("source says where weights are, and none are read from it; ask for weights=True")
+    text, vae, quantized = part in ("t5", "clip"), part in _VAE, quantize is not None
+    int8 = quantize == "int8" and weights and dtype == "float32"
+    for wrong, said in (
+        (text and weights is not True, f"part {part!r} is traced from the encoder on disk; ask for weights=True"),
+        (text and opset < 18, f"opset is {opset}; {part!r} is traced by PyTorch's exporter, which writes 18 and later"),
+        (text and quantized, f"quantize is {quantize!r}; the text encoders, such as {part!r}, are not quantized"),
+        (
+            quantized and not int8,
+            f"quantize is {quantize!r}; quantize='int8' goes with weights, and with dtype float32",
+        ),
+        (vae and dtype == "bfloat16" and opset < 22, f"opset is {opset}; convolutions in {dtype} take it from 22 on"),
+        (source is not None and weights is not True, "source says where weights are; ask for weights=True"),
+    ):
+        if wrong:
+            raise ValueError(said)
+    if text:
+        return _write_text_encoder(chosen, part, find_files(chosen, source), _TORCH[dtype], opset, target)
+    flat, opset = (True, 17) if quantized else (flat, opset)
     file = None
-    if weights is True or (chosen.embedded and part in ("encoder", "decoder")):  # their file tells scale and shift
-        of = "autoencoder" if part in ("encoder", "decoder") else "transformer"
+    if weights is True or (chosen.embedded and vae):  # the VAE's file tells scale and shift
+        of = "autoencoder" if vae else "transformer"
         alone = source is not None and at(source).is_file()
         file = at(source or "") if alone else getattr(find_files(chosen, source), of)
     model = _structure(chosen, part, file, dtype, opset)
@@ -122,7 +123,7 @@ def export_onnx(
         raise ValueError(f"quantize is {quantize!r}, and {said}; leave it out")
     tensors: Mapping[str, Tensor] | None = None
     if not isinstance(weights, bool):
-        if part in ("encoder", "decoder") and not any(name.startswith(f"{part}.") for name in weights):
+        if vae and not any(name.startswith(f"{part}.") for name in weights):
             weights = {f"{part}.{name}": tensor for name, tensor in weights.items()}
         _check(weights, model)
         tensors = weights
@@ -139,12 +140,12 @@ def export_onnx(
             entries = dict.fromkeys(as_is, torch.empty(0, device="meta"))
             tensors = Tensors(target, entries, lambda name: as_is[name].T if name in turned else as_is[name])
     if quantize is None:
-        return _write(model, tensors, _TORCH[dtype], target)
+        return _write(model, tensors, _TORCH[dtype], target, _EMBED)
     with importing():
         from onnxruntime.quantization import quantize_dynamic, shape_inference
     with replacing(target) as temporary:
         full, ready = temporary.with_name("full.onnx"), temporary.with_name("ready.onnx")
-        _write(model, tensors, _TORCH[dtype], full, embed=2e9)  # onnxruntime looks for no file beside it
+        _write(model, tensors, _TORCH[dtype], full, 2e9)  # onnxruntime looks for no file beside it
         with quiet():  # it recommends what is being done
             shape_inference.quant_pre_process(full, ready, skip_symbolic_shape=True)
             quantize_dynamic(ready, temporary)
@@ -161,7 +162,7 @@ def _structure(chosen: Variant, part: Part, file: Path | None, dtype: str, opset
         from fluxlab.onnx.transformer import block_graph, transformer_graph
 
     writer = Writer(opset, TensorProto.DataType.Value({"float32": "FLOAT"}.get(dtype, dtype.upper())))
-    if part in ("encoder", "decoder"):
+    if part in _VAE:
         config = autoencoder_config(chosen, file) if file else chosen.autoencoder
         return annotate(autoencoder_graph(writer, config, part, chosen.name))
     if part == "transformer":
@@ -171,7 +172,7 @@ def _structure(chosen: Variant, part: Part, file: Path | None, dtype: str, opset
 
 def _read(chosen: Variant, part: Part, file: Path) -> Tensors:
     """The weights of a part, by their names in the graph."""
-    vae = part in ("encoder", "decoder")
+    vae = part in _VAE
     tensors = opened(file, chosen.autoencoder if vae else chosen.transformer, "official", narrow=True)
     head = f"{part}." if vae else "" if part == "transformer" else f"{part}s.0."
     return tensors.renamed({n if vae else n.removeprefix(head): n for n in tensors if n.startswith(head)})
@@ -202,13 +203,12 @@ def _check(weights: Mapping[str, Tensor], model: Any) -> None:
             raise ValueError(f"weights: {name} {found}, and the part takes floating of {shape}")
 
 
-def _write(
-    model: Any, weights: Mapping[str, Tensor] | None, dtype: torch.dtype, target: Path, embed: float | None = None
-) -> None:
+def _write(model: Any, weights: Mapping[str, Tensor] | None, dtype: torch.dtype, target: Path, embed: float) -> None:
     """The graph, and its weights inside it or beside it; both are put in place only when they are whole."""
-    tensors, embed = model.graph.initializer, _EMBED if embed is None else embed
+    tensors = model.graph.initializer
     sizes = [dtype.itemsize * math.prod(tensor.dims) for tensor in tensors]
-    if weights and sum(sizes) < embed:
+    fits = sum(sizes) < embed
+    if weights and fits:
         for tensor in tensors:
             tensor.ClearField("data_location")
             tensor.raw_data = bytes(_bytes(tensor.name, weights[tensor.name], dtype))
@@ -222,7 +222,7 @@ def _write(
             start += size + -size % _ALIGN
     with replacing(target) as graph:
         graph.write_bytes(model.SerializeToString())
-        if weights and sum(sizes) >= embed:
+        if weights and not fits:
             with replacing(beside) as temporary, temporary.open("wb") as file:
                 for tensor, size in zip(tensors, sizes, strict=True):
                     file.write(_bytes(tensor.name, weights[tensor.name], dtype))

@@ -40,12 +40,7 @@ _DOT = "\N{MIDDLE DOT}"  # which Python takes inside a name, so it stands for a 
 
 
 class Writer:
-    """Makes the functions and the graph of one model.
-
-    Args:
-        opset: of the standard's operators, 23 or later, or 17 for older tools.
-        dtype: of weights and features, as ONNX numbers it.
-    """
+    """Makes the functions and the graph of one model, for an opset from 17 on, in a dtype as ONNX numbers it."""
 
     def __init__(self, opset: int, dtype: int) -> None:
         self.opset, self.dtype = opset, dtype
@@ -54,12 +49,7 @@ class Writer:
         self.functions: dict[str, FunctionProto] = {}
 
     def define(self, text: str, glossary: str | None = None) -> None:
-        """Add functions.
-
-        Args:
-            text: of one function or more, as above.
-            glossary: what stands before the names of their tensors in the glossary, if they are in it.
-        """
+        """Add a text's functions; ``glossary`` stands before the names of their tensors there, if they are in it."""
         functions, comments = _read(text)
         for each in functions:
             assert isinstance(each, ast.FunctionDef)

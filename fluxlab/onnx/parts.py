@@ -1,5 +1,8 @@
 """The kinds of part of FLUX's transformer as ONNX functions, from a Linear to a whole block. Opened in chapter 13.
 
+Each is written once and called with its weights as named inputs. Norms, rotation and attention are single operators of
+opset 23 (RMSNormalization, RotaryEmbedding, Attention), or for older tools spelled out in those of opset 17.
+
 Axes: batch B, text tokens T, image tokens I, tokens L = T + I, heads H, head width D, channels C.
 """
 

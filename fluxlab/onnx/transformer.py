@@ -1,10 +1,4 @@
-"""FLUX's transformer as an ONNX graph that a person can read: one node a block, one function a kind of part.
-
-Every kind of part is an ONNX local function, written once and called with its weights as named inputs. Norms, rotation
-and attention are single operators of ONNX's standard set (RMSNormalization, RotaryEmbedding and Attention, since opset
-23, which onnxruntime runs); for older tools the same functions are written with the operators of opset 17.
-Opened in chapter 13.
-"""
+"""FLUX's transformer as an ONNX graph that a person can read: one node a block. Opened in chapter 13."""
 
 from onnx import ModelProto, helper
 
@@ -20,10 +14,7 @@ _BLOCKS = {
 
 
 def transformer_graph(writer: Writer, c: FluxConfig, name: str, reference: bool = False) -> ModelProto:
-    """The whole transformer without its weights: initializers have their shapes and no numbers yet.
-
-    ``reference``: whether the tokens of another picture go with the image's, as Kontext takes them.
-    """
+    """The whole transformer without its weights; ``reference``: with another picture's tokens, as Kontext takes."""
     define_parts(writer, c)
     call = writer.call
 

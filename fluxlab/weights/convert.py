@@ -35,11 +35,10 @@ def convert(
 ) -> None:
     """Convert a whole model: transformer, autoencoder, text encoders, tokenizers and scheduler; or one part of it.
 
-    What is written is read back and compared. The output is a diffusers pipeline, a folder laid out as the official
-    repository is, or one ComfyUI checkpoint, which has no tokenizers; of one part, a diffusers folder or an official
-    file. The source and the files are what ``find_files`` takes; or the source is one part, a transformer or an
-    autoencoder. Quantized files are written widened. Without ``dtype``, each tensor keeps its own; of a
-    text encoder in float8, bfloat16.
+    What is written is read back and compared: a diffusers pipeline, a folder as the official repository is, or one
+    ComfyUI checkpoint, which has no tokenizers; of one part, a diffusers folder or an official file. The source and the
+    files are what ``find_files`` takes, or the source is a transformer or an autoencoder. Quantized files are widened.
+    Without ``dtype``, each tensor keeps its own; of a text encoder in float8, bfloat16.
 
     Raises:
         WeightsError: a part is missing, is not this variant's, or would be written as it is; or the output exists.

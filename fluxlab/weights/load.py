@@ -42,13 +42,10 @@ def load_weights(
 
     A transformer, an autoencoder or a text encoder is found in a file of several parts, in either layout, and in
     quantized files. Names and shapes are compared before anything is read. Each tensor is then read, cast and moved by
-    itself and put in place of the module's own, so that the peak memory is the weights once, and nothing on a CPU where
-    they need no change: they stay mapped. The module is left in eval mode, and its weights without gradients. Without
-    ``dtype`` they keep that of the file; where it holds several, since a forward takes one, they get the narrowest that
-    holds the values of all: float32 for bfloat16 and float32; and bfloat16 for float8, with which no forward computes.
-
-    With ``low_memory`` nothing is kept: each layer's weights are read, widened, cast and moved when it runs, and left
-    when it has run.
+    itself, so that the peak memory is the weights once, and nothing on a CPU where they need no change: they stay
+    mapped. The module is left in eval mode, and its weights without gradients. Without ``dtype`` they keep that of the
+    file, or the narrowest that holds all of several: float32 for bfloat16 and float32; bfloat16 for float8. With
+    ``low_memory`` nothing is kept: each layer's are read, widened, cast and moved when it runs, and left when it has.
 
     Raises:
         WeightsError: the file is not whole, or its names, shapes or dtypes differ; nothing is loaded then. Or a value
@@ -132,11 +129,9 @@ def opened(
 
 
 def _narrowest(tensors: Tensors) -> torch.dtype | None:
-    held = {entry.dtype for entry in tensors.entries.values()}
-    eight_bits = {torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.bfloat16}  # torch promotes no float8
-    if len(held) > 1 or held & eight_bits.keys():
-        return reduce(torch.promote_types, (eight_bits.get(each, each) for each in held))
-    return None
+    """The narrowest dtype that holds the values of all and computes, as eight bits do not; None of no tensor."""
+    wide = {torch.bfloat16 if each.itemsize == 1 else each.dtype for each in tensors.entries.values()}
+    return reduce(torch.promote_types, wide) if wide else None
 
 
 def _encoder(part: Part, wanted: Shapes) -> Tensors:

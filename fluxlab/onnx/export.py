@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -121,14 +121,14 @@ def export_onnx(
     if quantize and (size := 4 * sum(math.prod(tensor.dims) for tensor in model.graph.initializer)) >= 2e9:
         said = f"the {part} of {name} has {size / 1e9:.0f} GB of numbers, where onnxruntime's quantizer takes 2"
         raise ValueError(f"quantize is {quantize!r}, and {said}; leave it out")
-    tensors: Mapping[str, Tensor] | None = None
+    read: Callable[[str], Tensor] | None = None  # a weight by its name in the graph
     if not isinstance(weights, bool):
         if vae and not any(name.startswith(f"{part}.") for name in weights):
             weights = {f"{part}.{name}": tensor for name, tensor in weights.items()}
         _check(weights, model)
-        tensors = weights
+        read = weights.__getitem__
     elif weights and file:
-        tensors = _read(chosen, part, file)
+        read = _opened(chosen, part, file).__getitem__
     if flat:
         with importing():
             from onnx import inliner
@@ -136,16 +136,15 @@ def export_onnx(
             from fluxlab.onnx.shapes import annotate
         turned = _unturned(model := inliner.inline_local_functions(model))
         annotate(model)
-        if (as_is := tensors) is not None:
-            entries = dict.fromkeys(as_is, torch.empty(0, device="meta"))
-            tensors = Tensors(target, entries, lambda name: as_is[name].T if name in turned else as_is[name])
+        if (as_is := read) is not None:
+            read = lambda name: as_is(name).T if name in turned else as_is(name)  # noqa: E731
     if quantize is None:
-        return _write(model, tensors, _TORCH[dtype], target, _EMBED)
+        return _write(model, read, _TORCH[dtype], target, _EMBED)
     with importing():
         from onnxruntime.quantization import quantize_dynamic, shape_inference
     with replacing(target) as temporary:
         full, ready = temporary.with_name("full.onnx"), temporary.with_name("ready.onnx")
-        _write(model, tensors, _TORCH[dtype], full, 2e9)  # onnxruntime looks for no file beside it
+        _write(model, read, _TORCH[dtype], full, 2e9)  # onnxruntime looks for no file beside it
         with quiet():  # it recommends what is being done
             shape_inference.quant_pre_process(full, ready, skip_symbolic_shape=True)
             quantize_dynamic(ready, temporary)
@@ -170,7 +169,7 @@ def _structure(chosen: Variant, part: Part, file: Path | None, dtype: str, opset
     return annotate(block_graph(writer, chosen.transformer, part, chosen.name))
 
 
-def _read(chosen: Variant, part: Part, file: Path) -> Tensors:
+def _opened(chosen: Variant, part: Part, file: Path) -> Tensors:
     """The weights of a part, by their names in the graph."""
     vae = part in _VAE
     tensors = opened(file, chosen.autoencoder if vae else chosen.transformer, "official", narrow=True)
@@ -203,18 +202,18 @@ def _check(weights: Mapping[str, Tensor], model: Any) -> None:
             raise ValueError(f"weights: {name} {found}, and the part takes floating of {shape}")
 
 
-def _write(model: Any, weights: Mapping[str, Tensor] | None, dtype: torch.dtype, target: Path, embed: float) -> None:
+def _write(model: Any, read: Callable[[str], Tensor] | None, dtype: torch.dtype, target: Path, embed: float) -> None:
     """The graph, and its weights inside it or beside it; both are put in place only when they are whole."""
     tensors = model.graph.initializer
     sizes = [dtype.itemsize * math.prod(tensor.dims) for tensor in tensors]
     fits = sum(sizes) < embed
-    if weights and fits:
+    if read and fits:
         for tensor in tensors:
             tensor.ClearField("data_location")
-            tensor.raw_data = bytes(_bytes(tensor.name, weights[tensor.name], dtype))
+            tensor.raw_data = bytes(_bytes(tensor.name, read(tensor.name), dtype))
     else:
         beside, start = target.with_name(f"{target.name}.weights"), 0
-        if not weights and beside.exists():
+        if not read and beside.exists():
             raise FileExistsError(f"{beside} has the numbers of another export, which this graph would take; remove it")
         for tensor, size in zip(tensors, sizes, strict=True):
             for key, value in (("location", beside.name), ("offset", start), ("length", size)):
@@ -222,10 +221,10 @@ def _write(model: Any, weights: Mapping[str, Tensor] | None, dtype: torch.dtype,
             start += size + -size % _ALIGN
     with replacing(target) as graph:
         graph.write_bytes(model.SerializeToString())
-        if weights and not fits:
+        if read and not fits:
             with replacing(beside) as temporary, temporary.open("wb") as file:
                 for tensor, size in zip(tensors, sizes, strict=True):
-                    file.write(_bytes(tensor.name, weights[tensor.name], dtype))
+                    file.write(_bytes(tensor.name, read(tensor.name), dtype))
                     file.write(bytes(-size % _ALIGN))
 
 

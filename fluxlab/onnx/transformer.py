@@ -32,8 +32,7 @@ def transformer_graph(writer: Writer, c: FluxConfig, name: str, reference: bool 
     lines += [call("Linear", "img_in", img), call("Linear", "txt_in", "txt")]
     lines += [f"ids = Concat(txt_ids, {img_ids}, axis=1)", "pe = EmbedND(ids)"]
     # 3. two streams that meet in attention
-    img, txt = "img_in", "txt_in"
-    vec, pe = "vec", "pe"
+    img, txt, vec, pe = "img_in", "txt_in", "vec", "pe"
     for i in range(c.depth):
         path, given = f"double_blocks.{i}", (img, txt, vec, pe)
         img, txt, vec, pe = (f"{path}.{out}" for out in ("img.output", "txt.output", "next.vec", "next.pe"))

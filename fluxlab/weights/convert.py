@@ -17,12 +17,6 @@ from fluxlab.weights.load import autoencoder_config, empty_encoder, opened, weig
 from fluxlab.weights.which import is_gguf, which
 
 Target = Literal["official", "diffusers", "comfyui"]
-_PREFIXES = {  # of a ComfyUI checkpoint: one file of all parts
-    "transformer": "model.diffusion_model.",
-    "autoencoder": "vae.",
-    "t5": "text_encoders.t5xxl.transformer.",
-    "clip": "text_encoders.clip_l.transformer.",
-}
 
 
 def convert(
@@ -45,11 +39,8 @@ def convert(
     """
     _check_output(output, to)
     one = at(source or "")  # a whole model's folder has its text encoders in it
-    if (
-        source
-        and not any(files.values())
-        and (one.is_file() or (any(one.glob("*.safetensors*")) and not any(one.glob("text_encoder*"))))
-    ):
+    alone = one.is_file() or (any(one.glob("*.safetensors*")) and not any(one.glob("text_encoder*")))
+    if source and alone and not any(files.values()):
         kinds = [part.kind for part in which(one)]
         if kinds in (["transformer"], ["autoencoder"]):
             config = variant.transformer if kinds == ["transformer"] else autoencoder_config(variant, one)
@@ -60,9 +51,11 @@ def convert(
     texts = {kind: _text(encoder, getattr(found, kind), dtype) for kind, encoder in encoders.items()}
     with replacing(output) as target:
         if to == "comfyui":
-            parts = {"transformer": opened(found.transformer, variant.transformer, "official", dtype)}
-            parts |= {"autoencoder": opened(found.autoencoder, vae, "official", dtype)} | texts
-            return _write(_together(parts), target, factors(vae))
+            parts = {"model.diffusion_model.": opened(found.transformer, variant.transformer, "official", dtype)}
+            parts["vae."] = opened(found.autoencoder, vae, "official", dtype)
+            parts["text_encoders.t5xxl.transformer."] = texts["t5"]
+            parts["text_encoders.clip_l.transformer."] = texts["clip"]
+            return _write(parts, target, factors(vae))
         target.mkdir()
         names = ("transformer", "vae") if to == "diffusers" else (variant.transformer_file, variant.autoencoder_file)
         transformer, autoencoder = (target / Path(name).name for name in names)
@@ -71,7 +64,7 @@ def convert(
         for kind, tokenizer, number in (("t5", found.t5_tokenizer, "_2"), ("clip", found.clip_tokenizer, "")):
             folder, words = target / f"text_encoder{number}", target / f"tokenizer{number}"
             folder.mkdir()
-            _write(texts[kind], folder / "model.safetensors")
+            _write({"": texts[kind]}, folder / "model.safetensors")
             held = str(next(iter(texts[kind].entries.values())).dtype).removeprefix("torch.")
             _write_json(encoders[kind].config.to_dict() | {"dtype": held}, folder / "config.json")
             words.mkdir()
@@ -101,7 +94,7 @@ def convert_part(
             file.mkdir()
             _write_json(diffusers_config(config), file / "config.json")
             file /= "diffusion_pytorch_model.safetensors"
-        _write(tensors, file, factors(config) if to == "official" else {})
+        _write({"": tensors}, file, factors(config) if to == "official" else {})
 
 
 def factors(config: Config) -> dict[str, str]:
@@ -124,17 +117,14 @@ def _text(encoder: nn.Module, source: Path, dtype: torch.dtype | None) -> Tensor
     return tensors.renamed({prefix + name: name for name in tensors if name != "encoder.embed_tokens.weight"})
 
 
-def _together(parts: Mapping[str, Tensors]) -> Tensors:
-    where = {_PREFIXES[kind] + name: (part, name) for kind, part in parts.items() for name in part}
-    entries = {name: part.entries[own] for name, (part, own) in where.items()}
-    return Tensors(Path(), entries, lambda name: where[name][0][where[name][1]])
-
-
-def _write(tensors: Tensors, path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a file, and read it back; byte by byte, so that a NaN is equal to itself."""
-    stream_tensors(tensors.entries, ((name, tensors[name]) for name in tensors), path, metadata)
+def _write(parts: Mapping[str, Tensors], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a file of parts after prefixes, and read it back; byte by byte, so that a NaN is equal to itself."""
+    places = {prefix + name: (part, name) for prefix, part in parts.items() for name in part}
+    entries = {name: part.entries[own] for name, (part, own) in places.items()}
+    stream_tensors(entries, ((name, part[own]) for name, (part, own) in places.items()), path, metadata)
     written = Checkpoint(path)
-    for name, tensor in tensors.items():
+    for name, (part, own) in places.items():
+        tensor = part[own]
         if not torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (written[name], tensor))):
             raise WeightsError(f"{path.name}: {name} was not written as it is; is the disk sound?")
 

@@ -11,32 +11,51 @@ import math
 from onnx import TensorProto, ValueInfoProto, helper
 
 from fluxlab.config import EMBEDDING_DIM, FluxConfig
-from fluxlab.glossary import Entry, entries
+from fluxlab.glossary import Entry
 from fluxlab.onnx.text import NEW, SILU, Writer
 
 AXES = {"B": "B", "T": "T", "I": "I", "L": "T+I"}  # of free size
 _WIDE = ("img_ids", "txt_ids", "timesteps", "guidance", "pe")  # float32 in a model of any dtype
+_HEADS = {  # how the names of a part's tensors begin in the glossary
+    "DoubleStreamBlock": "double_blocks.{i}.",
+    "SingleStreamBlock": "single_blocks.{i}.",
+    "LastLayer": "final_layer.",
+}
+# of both streams of a double block: what comes before attention, and after it
+_BEFORE = """
+    {s}_mod.shift1, {s}_mod.scale1, {s}_mod.gate1, {s}_mod.shift2, {s}_mod.scale2, {s}_mod.gate2 = DoubleModulation(
+        vec, {s}_mod.lin.weight, {s}_mod.lin.bias)
+    {s}_norm1 = LayerNorm({s})
+    # The {word} tokens, normed and steered, before attention
+    {s}_modulated1 = Modulate({s}_norm1, {s}_mod.shift1, {s}_mod.scale1)
+    # Queries, keys and values of the {word}; queries and keys normed
+    {s}_attn.q, {s}_attn.k, {s}_attn.v = Project({s}_modulated1, {s}_attn.qkv.weight, {s}_attn.qkv.bias,
+        {s}_attn.norm.query_norm.scale, {s}_attn.norm.key_norm.scale)"""
+_AFTER = """
+    {s}_attn.proj = Linear({s}_attended, {s}_attn.proj.weight, {s}_attn.proj.bias)
+    {s}.middle = AddGated({s}, {s}_mod.gate1, {s}_attn.proj)
+    {s}_norm2 = LayerNorm({s}.middle)
+    # The {word} tokens, normed and steered, before the MLP
+    {s}_modulated2 = Modulate({s}_norm2, {s}_mod.shift2, {s}_mod.scale2)
+    {s}_mlp.2 = MLP({s}_modulated2, {s}_mlp.0.weight, {s}_mlp.0.bias, {s}_mlp.2.weight, {s}_mlp.2.bias)
+    {s}.output = AddGated({s}.middle, {s}_mod.gate2, {s}_mlp.2)"""
+# what a block hands on to the next: wires from one source to all of them would hide all else
+_HANDED = """next.vec = Identity(vec)  # For the next block: so a picture of the whole is a straight column
+    next.pe = Identity(pe)  # For the next block"""
 
 
 def define_parts(writer: Writer, c: FluxConfig) -> None:
     """Every kind of part of a model, the smallest first; a ``ValueError`` where q, k and v have no biases."""
     if not c.qkv_bias:
         raise ValueError("qkv_bias is False, and the graph is written for models whose qkv has a bias")
-    writer.define(SILU + _small(c, writer.opset, writer.dtype))
-    writer.define(double_block(), "double_blocks.{i}.")
-    writer.define(single_block(c), "single_blocks.{i}.")
-    writer.define(last_layer(c), "final_layer.")
-
-
-def _small(c: FluxConfig, opset: int, dtype: int) -> str:
     gelu = 'Gelu(x, approximate="tanh")'
     rms_norm = "y = RMSNormalization(x, scale, axis=-1, epsilon=1e-6)"
     turn = "turned = RotaryEmbedding(wide, cos, sin, interleaved=1)"
     heads = "Attention(q_rotated, k_rotated, v)"
-    if opset < 20:
+    if writer.opset < 20:
         gelu = f"0.5 * x * (1.0 + Tanh({math.sqrt(2 / math.pi)} * (x + 0.044715 * (x * x * x))))"
-    if opset < NEW:
-        axes = "[-1]" if opset >= 18 else "axes=[-1]"
+    if writer.opset < NEW:
+        axes = "[-1]" if writer.opset >= 18 else "axes=[-1]"
         rms_norm = f"""wide = Cast(x, to={TensorProto.FLOAT})
     length = Sqrt(ReduceMean(wide * wide, {axes}) + [1e-6])
     y = CastLike(wide / length, x) * scale"""
@@ -54,7 +73,7 @@ def _small(c: FluxConfig, opset: int, dtype: int) -> str:
     of_times = [math.exp(-math.log(10_000) * i / half) for i in range(half)]
     of_pairs = tuple(c.theta ** (-2 * i / dim) for dim in c.axes_dim for i in range(dim // 2))
     axis_of_pair = [axis for axis, dim in enumerate(c.axes_dim) for _ in range(dim // 2)]
-    return f"""
+    text = f"""{SILU}
 def Linear(x, weight, bias) -> y:
     "x @ weight^T + bias"
     y = x @ Transpose(weight, perm=[1, 0]) + bias
@@ -76,7 +95,7 @@ def TimestepEmbedding(t) -> y:
     "cos and sin of 1000 t at {half} frequencies, in float32"
     frequencies = {of_times}
     angles = Unsqueeze(t * [1000.0], [1]) * frequencies
-    y = Cast(Concat(Cos(angles), Sin(angles), axis=-1), to={dtype})
+    y = Cast(Concat(Cos(angles), Sin(angles), axis=-1), to={writer.dtype})
 
 def MLPEmbedder(x, in_layer.weight, in_layer.bias, out_layer.weight, out_layer.bias) -> y:
     "Linear, SiLU, Linear"
@@ -168,54 +187,20 @@ def SingleModulation(vec, lin.weight, lin.bias) -> (shift, scale, gate):
     "Linear(SiLU(vec)), cut into shift, scale and gate"
     lin = Linear(SiLU(vec), lin.weight, lin.bias)
     shift, scale, gate = Split(Unsqueeze(lin, [1]), {[c.hidden_size] * 3}, axis=-1)
-"""
 
-
-# what a block hands on to the next: wires from one source to all of them would hide all else
-_HANDED = """next.vec = Identity(vec)  # For the next block: so a picture of the whole is a straight column
-    next.pe = Identity(pe)  # For the next block"""
-
-
-def double_block() -> str:
-    """Two streams: each comes with weights of its own, they meet in one attention, and each goes on by itself."""
-    before, after = (
-        """
-    {s}_mod.shift1, {s}_mod.scale1, {s}_mod.gate1, {s}_mod.shift2, {s}_mod.scale2, {s}_mod.gate2 = DoubleModulation(
-        vec, {s}_mod.lin.weight, {s}_mod.lin.bias)
-    {s}_norm1 = LayerNorm({s})
-    # The {word} tokens, normed and steered, before attention
-    {s}_modulated1 = Modulate({s}_norm1, {s}_mod.shift1, {s}_mod.scale1)
-    # Queries, keys and values of the {word}; queries and keys normed
-    {s}_attn.q, {s}_attn.k, {s}_attn.v = Project({s}_modulated1, {s}_attn.qkv.weight, {s}_attn.qkv.bias,
-        {s}_attn.norm.query_norm.scale, {s}_attn.norm.key_norm.scale)""",
-        """
-    {s}_attn.proj = Linear({s}_attended, {s}_attn.proj.weight, {s}_attn.proj.bias)
-    {s}.middle = AddGated({s}, {s}_mod.gate1, {s}_attn.proj)
-    {s}_norm2 = LayerNorm({s}.middle)
-    # The {word} tokens, normed and steered, before the MLP
-    {s}_modulated2 = Modulate({s}_norm2, {s}_mod.shift2, {s}_mod.scale2)
-    {s}_mlp.2 = MLP({s}_modulated2, {s}_mlp.0.weight, {s}_mlp.0.bias, {s}_mlp.2.weight, {s}_mlp.2.bias)
-    {s}.output = AddGated({s}.middle, {s}_mod.gate2, {s}_mlp.2)""",
-    )
-    return f"""
-def DoubleStreamBlock(img, txt, vec, pe, {_weights("double_blocks.{i}.")}) -> (
+def DoubleStreamBlock(img, txt, vec, pe, *weights) -> (
         img.output, txt.output, next.vec, next.pe):
     "Text and image, each with weights of its own, meet in one attention"
-    {before.format(s="txt", word="text")} {before.format(s="img", word="image")}
+    {_BEFORE.format(s="txt", word="text")} {_BEFORE.format(s="img", word="image")}
     q = Concat(txt_attn.q, img_attn.q, axis=2)
     k = Concat(txt_attn.k, img_attn.k, axis=2)
     v = Concat(txt_attn.v, img_attn.v, axis=2)
     attended = Attention(q, k, v, pe)
     txt_attended, img_attended = SplitStreams(attended, txt)  # Attention's output, text and image apart again
-    {after.format(s="txt", word="text")} {after.format(s="img", word="image")}
+    {_AFTER.format(s="txt", word="text")} {_AFTER.format(s="img", word="image")}
     {_HANDED}
-"""
 
-
-def single_block(c: FluxConfig) -> str:
-    """One stream: attention and MLP side by side, from one Linear and into one Linear."""
-    return f"""
-def SingleStreamBlock(x, vec, pe, {_weights("single_blocks.{i}.")}) -> (output, next.vec, next.pe):
+def SingleStreamBlock(x, vec, pe, *weights) -> (output, next.vec, next.pe):
     "Text and image as one sequence; attention and MLP side by side, from one Linear and into one Linear"
     modulation.shift, modulation.scale, modulation.gate = SingleModulation(
         vec, modulation.lin.weight, modulation.lin.bias)
@@ -234,13 +219,8 @@ def SingleStreamBlock(x, vec, pe, {_weights("single_blocks.{i}.")}) -> (output, 
     linear2 = Linear(side_by_side, linear2.weight, linear2.bias)
     output = AddGated(x, modulation.gate, linear2)
     {_HANDED}
-"""
 
-
-def last_layer(c: FluxConfig) -> str:
-    """Features become the velocity of a token's patch."""
-    return f"""
-def LastLayer(x, vec, {_weights("final_layer.")}) -> velocity:
+def LastLayer(x, vec, *weights) -> velocity:
     "Modulated a last time, features become the velocity of a token's patch; shift comes before scale"
     adaLN_modulation.1 = Linear(  # Shift and scale, side by side
         SiLU(vec), adaLN_modulation.1.weight, adaLN_modulation.1.bias)  # The vector that steers, activated
@@ -251,11 +231,7 @@ def LastLayer(x, vec, {_weights("final_layer.")}) -> velocity:
     # Noise minus picture, the direction of the path, for each number of the token's patch
     velocity = Linear(modulated, linear.weight, linear.bias)
 """
-
-
-def _weights(head: str) -> str:
-    """The names of a part's weights, below the part, as a function's inputs."""
-    return ", ".join(e.name.removeprefix(head) for e in entries() if e.kind == "weight" and e.name.startswith(head))
+    writer.define(text, _HEADS)
 
 
 def value(entry: Entry, c: FluxConfig, dtype: int, name: str = "") -> ValueInfoProto:

@@ -7,20 +7,21 @@ A function is written in Python's own syntax, with a sentence that says what it 
         y = x * (1.0 + scale) + shift
 
 What is called is a function that was written before, or else an operator of ONNX's standard, as ``+ - * / @`` are;
-keywords are attributes. Names may have dots, as those of weights do. A comment, behind a line or above it, becomes
-the description of the node that begins there. A number among the inputs becomes a constant:
-whole numbers are int64, a list of others float32, a tuple float64, and a single one has the model's dtype. Constants
-are written as tensors, the only form that every tool takes.
+keywords are attributes. Names may have dots, as those of weights do; ``*weights`` are all that the glossary has for the
+function. A comment, behind a line or above it, becomes the description of the node that begins there. A number among
+the inputs becomes a constant: whole numbers are int64, a list of others float32, a tuple float64, and a single one has
+the model's dtype. Constants are written as tensors, the only form that every tool takes.
 """
 
 import ast
 import re
+from collections.abc import Mapping
 
 import numpy as np
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from fluxlab.config import VERSION
-from fluxlab.glossary import entries
+from fluxlab.glossary import Entry, entries
 
 DOMAIN = "fluxlab"
 NEW = 23  # the opset with norms, rotation and attention as operators
@@ -45,21 +46,22 @@ class Writer:
     def __init__(self, opset: int, dtype: int) -> None:
         self.opset, self.dtype = opset, dtype
         self.imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
-        self.meanings = {entry.name: entry.meaning for entry in entries()}
         self.functions: dict[str, FunctionProto] = {}
 
-    def define(self, text: str, glossary: str | None = None) -> None:
-        """Add a text's functions; ``glossary`` stands before the names of their tensors there, if they are in it."""
+    def define(self, text: str, heads: Mapping[str, str] | None = None) -> None:
+        """Add a text's functions; ``heads``: how the glossary's names of a function's tensors begin, if it has them."""
         functions, comments = _read(text)
         for each in functions:
             assert isinstance(each, ast.FunctionDef)
+            known = _below((heads or {}).get(each.name))
             inputs = [_dotted(argument.arg) for argument in each.args.args]
-            nodes = self._nodes(each.body, comments, glossary)
+            if each.args.vararg:
+                inputs += [name for name, entry in known.items() if entry.kind == "weight"]
+            nodes = self._nodes(each.body, comments, known)
             made = helper.make_function(DOMAIN, each.name, inputs, _names(each.returns), nodes, self.imports)
             made.doc_string = _dotted(ast.get_docstring(each) or "")
-            if glossary is not None:
-                told = {out: self.meanings.get(f"{glossary}{out}") for node in nodes for out in node.output}
-                made.value_info.extend(ValueInfoProto(name=out, doc_string=said) for out, said in told.items() if said)
+            outs = [out for node in nodes for out in node.output if out in known]
+            made.value_info.extend(ValueInfoProto(name=out, doc_string=known[out].meaning) for out in outs)
             self.functions[made.name] = made
 
     def call(self, function: str, path: str, *inputs: str, out: str = "") -> str:
@@ -69,9 +71,9 @@ class Writer:
 
     def nodes(self, text: str) -> list[NodeProto]:
         """The nodes of a text's lines, each named after what it makes and described as the glossary describes that."""
-        return self._nodes(*_read(text), "")
+        return self._nodes(*_read(text), _below(""))
 
-    def _nodes(self, lines: list[ast.stmt], comments: dict[int, str], glossary: str | None) -> list[NodeProto]:
+    def _nodes(self, lines: list[ast.stmt], comments: dict[int, str], known: dict[str, Entry]) -> list[NodeProto]:
         made: dict[str, NodeProto] = {}
 
         def value(expression: ast.expr, outs: list[str], said: str | None, inside: bool = True) -> str:
@@ -95,8 +97,7 @@ class Writer:
                 same = sum(name.startswith(f"{outs[0]}.{kind}") for name in made)
                 outs = [f"{outs[0]}.{kind}{same + 1 if same else ''}"]
             domain = DOMAIN if kind in self.functions else None
-            if glossary is not None:
-                said = said or self.meanings.get(f"{glossary}{outs[0]}")
+            said = said or (known[outs[0]].meaning if outs[0] in known else None)
             made[outs[0]] = helper.make_node(kind, inputs, outs, outs[0], said, domain, **attributes)
             return outs[0]
 
@@ -126,6 +127,11 @@ class Writer:
 def without_numbers(name: str, shape: tuple[int, ...], dtype: int, meaning: str = "") -> TensorProto:
     """A weight's dtype and shape; its numbers are said to be in a file, which need not be there to be looked at."""
     return TensorProto(name=name, data_type=dtype, dims=shape, data_location=TensorProto.EXTERNAL, doc_string=meaning)
+
+
+def _below(head: str | None) -> dict[str, Entry]:
+    """The glossary's entries whose names begin so, by the rest of their names; of None, none."""
+    return {e.name.removeprefix(head): e for e in entries() if head is not None and e.name.startswith(head)}
 
 
 def _read(text: str) -> tuple[list[ast.stmt], dict[int, str]]:

@@ -107,9 +107,8 @@ class Writer:
         return list(made.values())
 
     def _tensor(self, name: str, number: float | list[float] | tuple[float, ...]) -> TensorProto:
-        several = TensorProto.FLOAT if isinstance(number, list) else TensorProto.DOUBLE
-        kind = self.dtype if isinstance(number, float) else several
-        kind = TensorProto.INT64 if np.asarray(number).dtype.kind == "i" else kind
+        kinds = {float: self.dtype, list: TensorProto.FLOAT, tuple: TensorProto.DOUBLE, int: TensorProto.INT64}
+        kind = kinds[int if np.asarray(number).dtype.kind == "i" else type(number)]
         return helper.make_tensor(name, kind, np.shape(number), np.ravel(number))
 
     def model(self, graph: GraphProto, variant: str = "") -> ModelProto:

@@ -140,8 +140,8 @@ def _download(source: str, places: Mapping[str, tuple[str, ...]]) -> Path:
     from huggingface_hub import constants, errors, snapshot_download
 
     def fetch(parts: Iterable[str], dry_run: bool) -> Any:
-        patterns = [pattern for part in parts for pattern in (part, f"{part}/*.json", f"{part}/*.safetensors")]
-        patterns += [f"{part}/{words}" for part in parts for words in ("spiece.model", "merges.txt")]
+        inside = ("", "/*.json", "/*.safetensors", "/spiece.model", "/merges.txt")
+        patterns = [f"{part}{file}" for part in parts for file in inside]
         return snapshot_download(source, allow_patterns=patterns, dry_run=dry_run)
 
     try:
@@ -169,5 +169,4 @@ def _download(source: str, places: Mapping[str, tuple[str, ...]]) -> Path:
     except errors.RepositoryNotFoundError as error:
         raise WeightsError(f"{source}: neither a folder here nor a repository on the hub; look at its name") from error
     except (OSError, errors.HFValidationError) as error:
-        said = f"there is no such folder, and from the hub it cannot be fetched ({error})"
-        raise WeightsError(f"source is {source!r}: {said}") from error
+        raise WeightsError(f"{source!r}: no such folder, and from the hub it cannot be fetched ({error})") from error

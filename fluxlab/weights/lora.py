@@ -146,10 +146,9 @@ class Lora:
         self._widen()
         changed = self._changes.keys() | self._scales.keys()
         for module in self._modules.values():
-            if changed.isdisjoint(module.modules()):
-                continue
-            hook = partial(_refuse_others, id(module))
-            self._before.append(module.register_load_state_dict_pre_hook(hook).remove)
+            if not changed.isdisjoint(module.modules()):
+                hook = partial(_refuse_others, id(module))
+                self._before.append(module.register_load_state_dict_pre_hook(hook).remove)
 
     def undo(self) -> None:
         """Take all off: the weights are again those from before, bit by bit.
@@ -240,9 +239,9 @@ def _with_scale(scale: Tensor, inner: Any, x: Tensor) -> Tensor:
 
 def _refuse_others(of: int, module: nn.Module, *_: Any) -> None:
     """A ``ValueError``, as ``undo`` would put the weights from before in place of the new ones; not of a copy."""
-    if id(module) != of:
-        return
-    raise ValueError(f"a LoRA is merged into this {type(module).__name__}; undo() it before other weights are loaded")
+    if id(module) == of:
+        said = f"a LoRA is merged into this {type(module).__name__}"
+        raise ValueError(f"{said}; undo() it before other weights are loaded")
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

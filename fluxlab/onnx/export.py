@@ -241,10 +241,7 @@ def _write_text_encoder(
     """Traced by PyTorch's own exporter: the classes are transformers', and so are the names inside."""
     with importing():
         import onnxscript  # noqa: F401 (the exporter's own)
-    source, length, called = {
-        "t5": (files.t5, chosen.t5_length, "txt"),
-        "clip": (files.clip, chosen.clip_length, "y"),
-    }[part]
+    source, length = (files.t5, chosen.t5_length) if part == "t5" else (files.clip, chosen.clip_length)
     encoder = load_weights(empty_encoder(part, source, chosen), source, dtype=dtype)
     ids = torch.ones(2, length, dtype=torch.int64)
     free = {"input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("text_tokens", max=length)}}
@@ -254,7 +251,7 @@ def _write_text_encoder(
     assert program is not None
     outputs = program.model.graph.outputs
     outputs[:] = outputs[-1:]  # T5's only one, and CLIP's pooled one
-    outputs[0].name = called
+    outputs[0].name = "txt" if part == "t5" else "y"
     program.model.metadata_props.update({"name": part, "variant": chosen.name, "version": VERSION})
     with replacing(target) as temporary:
         program.save(str(temporary), external_data=False)

@@ -124,8 +124,7 @@ def _write(parts: Mapping[str, Tensors], path: Path, metadata: Mapping[str, str]
     stream_tensors(entries, ((name, part[own]) for name, (part, own) in places.items()), path, metadata)
     written = Checkpoint(path)
     for name, (part, own) in places.items():
-        tensor = part[own]
-        if not torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (written[name], tensor))):
+        if not torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (written[name], part[own]))):
             raise WeightsError(f"{path.name}: {name} was not written as it is; is the disk sound?")
 
 

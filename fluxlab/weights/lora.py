@@ -50,8 +50,8 @@ class Lora:
             if self._scales.keys() & scales:
                 raise WeightsError(f"{file}: replaces the scales of norms, as another of the files does; give one")
             self._scales |= scales
-            for change in changes:
-                self._changes[change.layer].append((file, change))
+            for change in changes:  # which is its layer's from here on, wherever that moves
+                self._changes[change.layer].append((file, replace(change, layer=None)))
         if self._columns() > model.img_in.in_features < model.config.in_channels:
             said = "another LoRA that is on widens img_in, as these do; take that off, or give all files at once"
             raise WeightsError(f"{', '.join(self.strengths)}: {said}")
@@ -72,10 +72,7 @@ class Lora:
         new: dict[Any, Any] = {}
         for part, module in modules.items():
             new |= {layer: module.get_submodule(name) for name, layer in self._modules[part].named_modules()}
-        changes, self._changes = self._changes, defaultdict(list)
-        for layer, of_layer in changes.items():
-            own = new.get(layer, layer)
-            self._changes[own] = [(file, replace(change, layer=own)) for file, change in of_layer]
+        self._changes = {new.get(layer, layer): changes for layer, changes in self._changes.items()}
         self._scales = {new.get(norm, norm): scale for norm, scale in self._scales.items()}
         self._modules |= modules
         self._model = self._modules["transformer"]

@@ -37,9 +37,8 @@ class Lora:
             raise ValueError(f"files is {files!r}; give each file once, with its strength, as {{'x.safetensors': 1}}")
         self.strengths = {str(file): _checked(file, strength) for file, strength in files.items()}
         self.merged = False
-        self._modules = {part: getattr(module, "_orig_mod", module) for part, module in modules.items()}
-        model: Any = self._modules["transformer"]
-        self._model = model
+        self._modules: dict[str, Any] = {part: getattr(module, "_orig_mod", module) for part, module in modules.items()}
+        self._model = self._modules["transformer"]
         self._among = [] if among is None else among
         self._changes: dict[Any, list[tuple[str, Change]]] = defaultdict(list)
         self._scales: dict[Any, Tensor] = {}  # of norms, which BFL's files replace
@@ -52,7 +51,7 @@ class Lora:
             self._scales |= scales
             for change in changes:  # which is its layer's from here on, wherever that moves
                 self._changes[change.layer].append((file, replace(change, layer=None)))
-        if self._columns() > model.img_in.in_features < model.config.in_channels:
+        if self._columns() > self._model.img_in.in_features < self._model.config.in_channels:
             said = "another LoRA that is on widens img_in, as these do; take that off, or give all files at once"
             raise WeightsError(f"{', '.join(self.strengths)}: {said}")
         self._put()

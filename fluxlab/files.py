@@ -30,6 +30,10 @@ _OTHERS = {  # how a file begins that is not safetensors: what it is, and what t
 class WeightsError(ValueError):
     """A file that cannot be read, or that does not hold what it should."""
 
+    def __str__(self) -> str:
+        """One line, whatever the names in the file are."""
+        return "".join(each if each.isprintable() else repr(each)[1:-1] for each in super().__str__())
+
 
 def at(path: str | Path) -> Path:
     """A path whose ~ is opened; a ``WeightsError`` where it is none, or the system refuses to look at it."""

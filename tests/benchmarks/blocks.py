@@ -129,10 +129,10 @@ def check(block: str, dtype, kinds: dict[str, Run]) -> None:
 
 @torch.no_grad()
 def forward(quick: bool) -> None:
-    """Eager, and the whole compiled."""
+    """Eager."""
     seconds, least = (4, 3) if quick else (6, 3)
     sizes = SIZES[1:] if quick else SIZES
-    for dtype in (torch.bfloat16,) if DEVICE == "cuda" else (torch.bfloat16, torch.float32):
+    for dtype in (getattr(torch, FAST),) if quick or DEVICE == "cuda" else (torch.bfloat16, torch.float32):
         for image, text in sizes:
             for block, kinds in runs(dtype, image, text).items():
                 if quick and block != "whole":
@@ -152,9 +152,9 @@ def forward(quick: bool) -> None:
 
 @torch.no_grad()
 def compiled(quick: bool) -> None:
-    """The whole, each compiled by blocks and whole, beside diffusers' eager."""
-    for dtype in [getattr(torch, FAST)] if quick else [torch.bfloat16, torch.float32]:
-        for image, text in SIZES[1:] if quick or dtype is torch.bfloat16 else SIZES:  # compiling takes its time
+    """The whole compiled, beside diffusers' compiled and eager; never in a quick run."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for image, text in SIZES[1:] if dtype is torch.bfloat16 else SIZES:  # compiling takes its time
             torch.compiler.reset()
             model, theirs = models(dtype)
             inputs, given = example(image, text, dtype)
@@ -164,7 +164,7 @@ def compiled(quick: bool) -> None:
                 "diffusers compiled": lambda them=compiled_theirs, given=given: them(*given).sample,
                 "diffusers": lambda them=theirs, given=given: them(*given).sample,
             }
-            times = measure(kinds, 4 if quick else 8, 3)
+            times = measure(kinds, 8, 3)
             what = f"whole, {str(dtype)[6:]}, {image} + {text}"
             compare("compiled", what, times, "ours compiled", "diffusers compiled")
             compare("compiled", what, times, "ours compiled", "diffusers")
@@ -175,7 +175,7 @@ def int8(quick: bool) -> None:
     """The whole at full width, with 8-bit weights, beside itself."""
     from fluxlab.speed.quantized import quantize
 
-    for kind in ("int8", "int8 dynamic"):
+    for kind in ("int8 dynamic",) if quick else ("int8", "int8 dynamic"):
         dtype = getattr(torch, FAST)
         model, _ = models(dtype)
         other, _ = models(dtype)

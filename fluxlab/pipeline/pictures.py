@@ -16,10 +16,10 @@ from fluxlab.pipeline.checks import warn
 
 
 class Picture(Image.Image):
-    """A PIL image whose texts in ``info`` are written when it is saved as PNG."""
+    """A PIL image whose texts in ``info`` are written when it is saved as PNG; a copy or a crop is a plain one."""
 
     def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
-        """As PIL's ``save``."""
+        """As PIL's ``save``, whose ``pnginfo``, where it is given, takes the place of those texts."""
         texts = PngInfo()
         for key, value in self.info.items():
             if isinstance(key, str) and isinstance(value, str):

@@ -320,7 +320,10 @@ def test_true_cfg_without_a_negative_prompts_inputs_is_refused(tiny):
         fl.denoise(tiny.model, inputs, [1.0, 0.0], true_cfg=3.0, progress=False)
 
 
-def test_a_device_that_is_not_here_is_refused():
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_device_that_is_not_here_is_refused(tiny):
+    with pytest.raises(ValueError, match=r"device is 'torch.float16', which cannot be used here"):
+        tiny.to(torch.float16, torch.float32)
     with pytest.raises(ValueError, match="device is 'nonsense', which cannot be used here"):
         fl.load("flux-tiny-dev", device="nonsense")
 

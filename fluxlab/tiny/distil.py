@@ -1,6 +1,5 @@
 """From the teacher to flux-tiny-dev and flux-tiny-schnell. Opened in chapter 16."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from fluxlab.config import Variant
 from fluxlab.files import read_tensors, write_tensors
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.embeddings import timestep_embedding
@@ -22,35 +20,24 @@ from fluxlab.pipeline.sampling import denoise
 from fluxlab.pipeline.schedule import schedule
 from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.loop import fit
-from fluxlab.tiny.pictures import Pictures, missing
+from fluxlab.tiny.pictures import Pictures, file_of, missing
 from fluxlab.tiny.recipe import DEV, SCHNELL, Recipe
-from fluxlab.tiny.train_flow import compiled, flow_inputs, noisy, predicted, sample_grid
+from fluxlab.tiny.train_flow import Grid, compiled, flow_inputs, noisy, predicted, sample_grid
 
 
 def distil_guidance(
-    run: Path,
-    recipe: Recipe,
-    autoencoder: AutoEncoder,
-    teacher: Flux,
-    text: TextEncoders,
-    stage: str = "guidance",
-    member: Variant = DEV,
-    pictures: Pictures | None = None,
-    steps: int | None = None,
-    grid: Callable[..., None] = sample_grid,
+    pictures: Pictures, teacher: Flux, autoencoder: AutoEncoder, text: TextEncoders, grid: Grid = sample_grid
 ) -> Flux:
     """Told a guidance g in 1..8, predict ``u + g (c - u)`` of the teacher in one forward: flux-tiny-dev.
 
-    Where ``pictures`` says that the prompt does not decide, nothing is led away from: the picture's own velocity is
-    learned. A teacher that paints well without guidance and unlearns easily what it keeps of a picture is followed
-    gently: g is in 1..4, an error counts in proportion to it, learning is slower, and there ``c`` is what is learned.
+    Where the prompt does not decide, the picture's own velocity is learned. A teacher that unlearns easily what it
+    keeps of a picture is followed ``gently``: g in 1..4, errors count in proportion to it, and there ``c`` is learned.
 
     Source: "On Distillation of Guided Diffusion Models", Meng et al. 2022.
     """
+    recipe, gently, (_, (stage, steps)) = pictures.recipe, pictures.gently, pictures.stages
     torch.manual_seed(recipe.seed)
-    student = Flux(member.transformer)
-    pictures = pictures or Pictures(run, recipe)
-    gently = pictures.gently
+    student = Flux(pictures.variant.transformer)
     most, rate = (4, recipe.learning_rate / 10) if gently else (8, recipe.learning_rate / 3)
     student.load_state_dict(teacher.state_dict(), strict=False)
     assert student.guidance_in is not None
@@ -75,24 +62,30 @@ def distil_guidance(
         error = predicted(forward, replace(inputs, guidance=guidance), img).float() - target
         return pictures.mean((error / (guidance[:, None, None] if gently else 1)).square(), chosen)
 
-    preview = partial(grid, Pipeline(member, student, autoencoder, text), recipe.previewed)
-    fit(stage, student, loss, recipe.guidance_steps if steps is None else steps, rate, run, recipe, preview)
+    preview = partial(grid, Pipeline(pictures.variant, student, autoencoder, text), recipe.previewed)
+    fit(stage, student, loss, steps(recipe), rate, pictures.run, recipe, preview)
     return student
+
+
+class Pairs(Pictures):
+    """Batches of what ``paint_pairs`` wrote: a noise, and what flux-tiny-dev makes of it."""
+
+    kind = "pairs"
 
 
 def distil_steps(run: Path, recipe: Recipe, autoencoder: AutoEncoder, dev: Flux, text: TextEncoders) -> Flux:
     """flux-tiny-schnell: the flow from each noise straight to the picture that flux-tiny-dev makes of it.
 
     In the first flow any noise may go with any picture, so its straight paths cross, and what it learns bends. Here
-    each noise has one picture, the one that dev arrives at in many steps; the straight paths between the two hardly
-    cross, and a few Euler steps can follow them. Half of all times are those of a schedule of four steps.
+    each noise has one picture; their straight paths hardly cross, and a few Euler steps can follow them. Half of all
+    times are those of a schedule of four steps.
 
     Source: the reflow of "Flow Straight and Fast", Liu et al. 2022; for text to image, "InstaFlow", Liu et al. 2023.
     (The real schnell was distilled by "Adversarial Diffusion Distillation" in latent space, Sauer et al. 2024.)
     """
     paint_pairs(run, recipe, dev, text)
     student = without_guidance(dev, recipe.schnell_guidance)
-    pairs = Pictures(run, recipe, "pairs")
+    pairs = Pairs(run, recipe)
     forward = compiled(recipe, student)
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -127,7 +120,7 @@ def without_guidance(dev: Flux, guidance: float) -> Flux:
 def paint_pairs(run: Path, recipe: Recipe, dev: Flux, text: TextEncoders) -> None:
     """What flux-tiny-dev makes of a noise, for the captions of training pictures, at each size."""
     for path, height, width, number in missing(run, "pairs", recipe.pairs):
-        captions = read_tensors(run / f"latents-{height}x{width}.safetensors")
+        captions = read_tensors(file_of(run, "latents", (height, width)))
         ids = {name: captions[name][:number] for name in ("t5_ids", "clip_ids")}
         starts = noise(range(len(ids["t5_ids"])), height, width)
         times, painted = schedule(DEV.num_steps, height * width // PIXELS**2), []

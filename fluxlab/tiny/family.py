@@ -7,9 +7,9 @@ Each learns as flux-tiny did: a flow that needs CFG, then guidance distilled int
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from einops import reduce
+from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fluxlab.config import TINY_FILL, TINY_KONTEXT, FluxConfig, Variant
+from fluxlab.config import TINY_FILL, TINY_KONTEXT, FluxConfig
 from fluxlab.files import read_tensors
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
@@ -32,12 +33,13 @@ from fluxlab.pipeline.shown import Shown
 from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.distil import distil_guidance
 from fluxlab.tiny.edits import ASKED, KINDS, Edit, judge_edit, of_edits, random_edit
+from fluxlab.tiny.follow import Adapter, measure_canny, train_canny
 from fluxlab.tiny.holes import Hole, judge_hole, masks_of, random_hole, scenes_with_holes
 from fluxlab.tiny.loop import fit
 from fluxlab.tiny.measure import mean_of
-from fluxlab.tiny.pictures import USUAL, Examples, Pictures, draw, encode, pixels_of, save_grid, to_float
-from fluxlab.tiny.recipe import Recipe
-from fluxlab.tiny.train_flow import learn_flow
+from fluxlab.tiny.pictures import USUAL, Examples, Pictures, draw, encode, file_of, pixels_of, save_grid, to_float
+from fluxlab.tiny.recipe import TEACHER, Recipe
+from fluxlab.tiny.train_flow import Grid, learn_flow
 from fluxlab.tiny.train_text import Reader, new_text_encoders, train_tokenizers
 from fluxlab.tiny.truth import answer_loss, of_slots, of_tokens
 from fluxlab.tiny.world import Picture, random_scene
@@ -56,16 +58,15 @@ def encode_holes(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: Text
         rest = pixels * (1 - masks_of(boxes, *USUAL))
         return {"latents": pixels, "rest": rest}, {"boxes": boxes.short()}, [hole.prompt for hole in holes]
 
-    encode(run / "fill-{}x{}.safetensors".format(*USUAL), 2 * recipe.fill_pictures, some, autoencoder, text)
+    encode(file_of(run, "fill"), 2 * recipe.fill_pictures, some, autoencoder, text)
 
 
 class Holes(Pictures):
     """Batches of what ``encode_holes`` wrote."""
 
-    keeping = 16.0
-
-    def __init__(self, run: Path, recipe: Recipe) -> None:
-        super().__init__(run, recipe, "fill", (USUAL,))
+    kind, sizes, variant = "fill", (USUAL,), TINY_FILL
+    stages = ("fill", lambda recipe: recipe.fill_steps), ("fill-guidance", lambda recipe: recipe.fill_guidance_steps)
+    learns_words, keeping = False, 16.0
 
     def shown(self, chosen: dict[str, Tensor]) -> Shown:
         """The rest of each picture, and its hole."""
@@ -77,26 +78,23 @@ class Holes(Pictures):
         return cells.amax(2, keepdim=True) > 0
 
 
-def train_fill(
-    run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEncoders, teacher: Path
-) -> tuple[Flux, TextEncoders]:
-    """flux-tiny-fill-dev: flux-tiny's teacher with an ``img_in`` for 320 channels more, at first zero; then guidance.
+def train_fill(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEncoders, earlier: Path) -> Pipeline:
+    """flux-tiny-fill-dev.
 
     In the second stage the teacher's guided prediction is the target in the hole alone. Around it the target
     is not guided: what is to be kept does not depend on the prompt, and guidance would exaggerate it.
     """
     encode_holes(run, recipe, autoencoder, text)
+    return _learn(Holes(run, recipe), autoencoder, text, earlier, fill_grid)
+
+
+def _learn(pictures: Pictures, autoencoder: AutoEncoder, text: TextEncoders, earlier: Path, grid: Grid) -> Pipeline:
+    """The flow on from flux-tiny's teacher, then guidance."""
+    recipe, variant = pictures.recipe, pictures.variant
     torch.manual_seed(recipe.seed)
-    model, pictures = widened(teacher, TINY_FILL.transformer), Holes(run, recipe)
-    preview = partial(fill_grid, _undistilled(TINY_FILL, model, autoencoder, text), recipe.previewed, true_cfg=3.0)
-    rate = recipe.learning_rate / 2
-    learn_flow(run, recipe, "fill", (model,), text, pictures, recipe.fill_steps, preview, rate)
-    last: Any = ("fill-guidance", TINY_FILL, pictures, recipe.fill_guidance_steps, fill_grid)
-    return distil_guidance(run, recipe, autoencoder, model, text, *last), text
-
-
-def _undistilled(member: Variant, model: Flux, autoencoder: AutoEncoder, text: TextEncoders) -> Pipeline:
-    return Pipeline(replace(member, transformer=model.config, guidance=None), model, autoencoder, text)
+    teacher = widened(earlier / TEACHER, variant.transformer)
+    learn_flow(pictures, teacher, autoencoder, text, recipe.learning_rate / 2, grid)
+    return Pipeline(variant, distil_guidance(pictures, teacher, autoencoder, text, grid), autoencoder, text)
 
 
 def widened(teacher: Path, config: FluxConfig) -> Flux:
@@ -111,24 +109,22 @@ def widened(teacher: Path, config: FluxConfig) -> Flux:
 
 def paint_hole(pipe: Pipeline, picture: Picture, hole: Hole, seed: int, **options: Any) -> Image.Image:
     """What a model paints into the hole of a picture."""
-    mask = 255 * masks_of(torch.tensor([hole.box]), *USUAL)[0, 0].byte().numpy()
-    shown: dict[str, Any] = {"image": Image.fromarray(picture.pixels), "mask": Image.fromarray(mask)}
-    painted: Any = pipe(hole.prompt, **shown, seed=seed, progress=False, **options)
+    image, mask = Image.fromarray(picture.pixels), Image.fromarray(255 * hole.inside().astype(np.uint8))
+    painted: Any = pipe(hole.prompt, image=image, mask=mask, seed=seed, progress=False, **options)
     return painted
 
 
 def measure_fill(pipe: Pipeline, number: int = 128, **options: Any) -> list[dict[str, Any]]:
     """What is right of so many pictures, half of them boxes and half halves, as painted and with the outside pasted."""
     rows = []
-    for half in (False, True):
-        plain, pasted = [], []
+    for kind, half in (("box", False), ("half", True)):
+        judged: dict[str, list[dict[str, float]]] = {"as painted": [], "pasted back": []}
         for seed, (picture, which, hole) in enumerate(scenes_with_holes(number // 2, half)):
             painted = np.asarray(paint_hole(pipe, picture, hole, seed, **options))
-            plain.append(judge_hole(painted, picture, which, hole))
-            inside = masks_of(torch.tensor([hole.box]), *USUAL)[0, 0].bool().numpy()[..., None]
-            pasted.append(judge_hole(np.where(inside, painted, picture.pixels), picture, which, hole))
-        for outside, judged in (("as painted", plain), ("pasted back", pasted)):
-            rows.append({"hole is": "half" if half else "box", "outside": outside, **options, **mean_of(judged)})
+            pasted = np.where(hole.inside()[..., None], painted, picture.pixels)
+            for found, pixels in zip(judged.values(), (painted, pasted), strict=True):
+                found.append(judge_hole(pixels, picture, which, hole))
+        rows += [{"hole is": kind, "outside": each, **options, **mean_of(found)} for each, found in judged.items()]
     return rows
 
 
@@ -138,8 +134,7 @@ def fill_grid(pipe: Pipeline, number: int, path: Path, **options: Any) -> None:
     rows: list[Any] = []
     for half in (False, True):
         examples = list(scenes_with_holes(columns, half))
-        inside = masks_of(torch.tensor([hole.box for *_, hole in examples]), *USUAL)[:, 0, ..., None].bool().numpy()
-        rows += [np.where(m, 128, picture.pixels) for m, (picture, *_) in zip(inside, examples, strict=True)]
+        rows += [np.where(hole.inside()[..., None], 128, picture.pixels) for picture, _, hole in examples]
         rows += [paint_hole(pipe, picture, hole, seed, **options) for seed, (picture, _, hole) in enumerate(examples)]
     save_grid(path, rows, columns)
 
@@ -207,16 +202,15 @@ def encode_edits(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: Text
         others = {"changed": torch.from_numpy(touched).byte(), "truth": truth}
         return {name: to_float(pixels_of(pictures)) for name, pictures in sides.items()}, others, told
 
-    encode(run / "kontext-{}x{}.safetensors".format(*USUAL), recipe.edits, some, autoencoder, text)
+    encode(file_of(run, "kontext"), recipe.edits, some, autoencoder, text)
 
 
 class Edits(Pictures):
     """Batches of what ``encode_edits`` wrote."""
 
-    gently = True
-
-    def __init__(self, run: Path, recipe: Recipe) -> None:
-        super().__init__(run, recipe, "kontext", (USUAL,))
+    kind, sizes, variant = "kontext", (USUAL,), TINY_KONTEXT
+    stages = ("kontext", lambda recipe: recipe.edit_steps), ("kontext-guidance", lambda r: r.edit_guidance_steps)
+    true_cfg, gently = 2.5, True
 
     def shown(self, chosen: dict[str, Tensor]) -> Shown:
         """The picture before each edit."""
@@ -227,53 +221,47 @@ class Edits(Pictures):
         return chosen["changed"][..., None] > 0
 
 
-def train_kontext(
-    run: Path, recipe: Recipe, autoencoder: AutoEncoder, known: TextEncoders, teacher: Path
-) -> tuple[Flux, TextEncoders]:
+def train_kontext(run: Path, recipe: Recipe, autoencoder: AutoEncoder, known: TextEncoders, earlier: Path) -> Pipeline:
     """flux-tiny-kontext-dev and its text encoders: words first, then the flow with them, then guidance."""
     text = learn_instructions(run, recipe, known)
     encode_edits(run, recipe, autoencoder, text)
-    torch.manual_seed(recipe.seed)
-    model, pictures = widened(teacher, TINY_KONTEXT.transformer), Edits(run, recipe)
-    preview = partial(edit_grid, _undistilled(TINY_KONTEXT, model, autoencoder, text), recipe.previewed, true_cfg=2.5)
-    learners, rate = (model, text.t5, text.clip), recipe.learning_rate / 2
-    learn_flow(run, recipe, "kontext", learners, text, pictures, recipe.edit_steps, preview, rate)
-    last: Any = ("kontext-guidance", TINY_KONTEXT, pictures, recipe.edit_guidance_steps, edit_grid)
-    return distil_guidance(run, recipe, autoencoder, model, text, *last), text
+    return _learn(Edits(run, recipe), autoencoder, text, earlier, edit_grid)
 
 
 def paint_edit(pipe: Pipeline, edit: Edit, seed: int, **options: Any) -> NDArray[np.uint8]:
     """What a model makes of a picture and an instruction."""
-    painted: Any = pipe(
-        edit.instruction, image=Image.fromarray(edit.before.pixels), seed=seed, progress=False, **options
-    )
+    image: Any = Image.fromarray(edit.before.pixels)
+    painted: Any = pipe(edit.instruction, image=image, seed=seed, progress=False, **options)
     return np.asarray(painted)
+
+
+def held_out_edits(number: int, rng: Generator) -> list[Edit]:
+    """All kinds alike."""
+    return [random_edit(rng, held_out=True, kind=KINDS[i % len(KINDS)]) for i in range(number)]
 
 
 def measure_kontext(pipe: Pipeline, number: int = 128, **options: Any) -> list[dict[str, Any]]:
     """What is right of so many held-out edits, all kinds alike, and of each kind."""
-    rng, judged = np.random.default_rng(2), []
-    for seed in range(number):
-        edit = random_edit(rng, held_out=True, kind=KINDS[seed % len(KINDS)])
-        judged.append((edit.kind, judge_edit(paint_edit(pipe, edit, seed, **options), edit)))
-    rows = []
-    for kind in ("all", *KINDS[:number]):
-        some = [found for own, found in judged if kind in ("all", own)]
-        rows.append({"edit": kind, "number": len(some), **options, **mean_of(some)})
-    return rows
+    judged: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for seed, edit in enumerate(held_out_edits(number, np.random.default_rng(2))):
+        found = judge_edit(paint_edit(pipe, edit, seed, **options), edit)
+        judged["all"].append(found)
+        judged[edit.kind].append(found)
+    return [{"edit": kind, "number": len(some), **options, **mean_of(some)} for kind, some in judged.items()]
 
 
 def edit_grid(pipe: Pipeline, number: int, path: Path, **options: Any) -> None:
     """Held-out pictures, and below each what a model makes of it when it is told to edit it."""
     rng, rows, columns = np.random.default_rng(2), [], math.gcd(8, number)
     for _ in range(2):
-        edits = [random_edit(rng, held_out=True, kind=KINDS[i % len(KINDS)]) for i in range(columns)]
+        edits = held_out_edits(columns, rng)
         rows += [edit.before.pixels for edit in edits]
         rows += [paint_edit(pipe, edit, seed, **options) for seed, edit in enumerate(edits)]
     save_grid(path, rows, columns)
 
 
-MEMBERS: dict[str, tuple[Variant, Callable[..., tuple[Flux, TextEncoders]], Callable[..., list[dict[str, Any]]]]] = {
-    "fill": (TINY_FILL, train_fill, measure_fill),
-    "kontext": (TINY_KONTEXT, train_kontext, measure_kontext),
+MEMBERS: dict[str, tuple[Callable[..., Pipeline | Adapter], Callable[..., list[dict[str, Any]]]]] = {
+    "fill": (train_fill, measure_fill),
+    "kontext": (train_kontext, measure_kontext),
+    "canny": (train_canny, measure_canny),
 }

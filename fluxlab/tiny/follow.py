@@ -27,7 +27,7 @@ from fluxlab.pipeline.shown import Shown
 from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.loop import fit
 from fluxlab.tiny.measure import judge, mean_of
-from fluxlab.tiny.pictures import USUAL, Examples, Pictures, draw, encode, pixels_of, to_float
+from fluxlab.tiny.pictures import USUAL, Examples, Pictures, draw, encode, file_of, pixels_of, to_float
 from fluxlab.tiny.recipe import DEV, Recipe
 from fluxlab.tiny.train_flow import noisy
 from fluxlab.weights.load import load_weights
@@ -65,8 +65,7 @@ class Adapter(nn.Module):
 class EdgedPictures(Pictures):
     """Batches of what ``encode_edges`` wrote."""
 
-    def __init__(self, run: Path, recipe: Recipe) -> None:
-        super().__init__(run, recipe, "canny", (USUAL,))
+    kind, sizes = "canny", (USUAL,)
 
     def shown(self, chosen: dict[str, Tensor]) -> Shown:
         """The edges of each picture."""
@@ -83,16 +82,16 @@ def encode_edges(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: Text
         pictures = {"latents": pixels_of(batch), "edges": torch.from_numpy(lines).permute(0, 3, 1, 2)}
         return {name: to_float(each) for name, each in pictures.items()}, {}, [picture.caption for picture in batch]
 
-    encode(run / "canny-{}x{}.safetensors".format(*USUAL), recipe.canny_pictures, some, autoencoder, text)
+    encode(file_of(run, "canny"), recipe.canny_pictures, some, autoencoder, text)
 
 
-def train_canny(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEncoders, dev: Path) -> Adapter:
+def train_canny(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEncoders, earlier: Path) -> Adapter:
     """The LoRA, by the flow's own loss, at guidances from 1 to 8."""
     encode_edges(run, recipe, autoencoder, text)
     torch.manual_seed(recipe.seed)
     with torch.device("meta"):
         model = Flux(DEV.transformer)
-    load_weights(model, dev, dtype=torch.float32)
+    load_weights(model, earlier / Path(DEV.transformer_file).name, dtype=torch.float32)
     channels = DEV.transformer.in_channels
     model.img_in.weight = nn.Parameter(F.pad(model.img_in.weight, (0, channels)), requires_grad=False)
     wide = Flux(replace(DEV.transformer, in_channels=2 * channels))  # for its sizes
@@ -118,10 +117,9 @@ def measure_canny(pipe: Pipeline, number: int = 128, **options: Any) -> list[dic
     rows = []
     for seed, picture in enumerate(draw(number, *USUAL, 3, held_out=True)):
         control = edges(Image.fromarray(picture.pixels))
-        prompt = picture.scene.caption()
-        painted: Any = pipe(prompt, control=control, seed=seed, progress=False, **options)
-        pixels = np.asarray(painted)
-        overlap, right = _overlap(pixels, picture.masks.max(axis=0) > 0.5), judge(pixels, picture.scene)
+        painted: Any = pipe(picture.scene.caption(), control=control, seed=seed, progress=False, **options)
+        right = judge(np.asarray(painted), picture.scene)
+        overlap = _overlap(np.asarray(painted), picture.masks.max(axis=0) > 0.5)
         rows.append({"overlap": overlap, "colour": right["colour"], "all": right["all"]})
     return [{"number": number, **options} | mean_of(rows)]
 

@@ -13,8 +13,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fluxlab.extras import importing
-from fluxlab.tiny.measure import look
+from fluxlab.tiny.measure import grown, look
 from fluxlab.tiny.pictures import USUAL
 from fluxlab.tiny.world import Picture, random_picture
 
@@ -27,6 +26,10 @@ class Hole:
 
     box: tuple[int, int, int, int]  # top, bottom, left, right
     prompt: str
+
+    def inside(self) -> NDArray[np.bool_]:
+        """Which pixels of a picture of the usual size it has: H W."""
+        return masks_of(torch.tensor([self.box]), *USUAL)[0, 0].bool().numpy()
 
 
 def hole_on(picture: Picture, which: int, rng: Generator | None = None) -> Hole:
@@ -89,8 +92,7 @@ def scenes_with_holes(number: int, half: bool) -> Iterator[tuple[Picture, int, H
             continue
         which = int(rng.integers(2))
         hole = half_around(picture, which) if half else hole_on(picture, which)
-        inside = masks_of(torch.tensor([hole.box]), *USUAL)[0, 0].numpy()
-        if half or not (inside * picture.masks[1 - which]).any():
+        if half or not picture.masks[1 - which][hole.inside()].any():
             number -= 1
             yield picture, which, hole
 
@@ -101,16 +103,13 @@ def judge_hole(painted: NDArray[np.uint8], picture: Picture, which: int, hole: H
     Right: colour and shape, the shape's overlap above 0.6.
     Kept: the mean error over the other thing and three pixels around it, outside of the hole, is below 10 of 255.
     """
-    with importing():
-        from scipy import ndimage
-
     top, bottom, left, right = hole.box
     height, width = picture.masks.shape[1:]
     background, patches = look(painted)
     inside = [p for p in patches if left <= p.middle[0] * width < right and top <= p.middle[1] * height < bottom]
     thing = picture.scene.things[which]
     right_thing = len(inside) == 1 and (inside[0].colour, inside[0].shape) == (thing.colour, thing.shape)
-    other = ndimage.binary_dilation(picture.masks[1 - which] > 0.5, iterations=3)
+    other = grown(picture.masks[1 - which] > 0.5)
     other[top:bottom, left:right] = False
     error = float(np.abs(painted.astype(float) - picture.pixels)[other].mean())
     hole_right = right_thing and inside[0].fit > 0.6 and background == picture.scene.background

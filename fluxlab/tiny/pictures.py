@@ -50,6 +50,11 @@ def save_grid(path: Path, pictures: Sequence[Any], columns: int) -> None:
     Image.fromarray(rearrange(np.stack(pictures), "(r c) h w rgb -> (r h) (c w) rgb", c=columns)).save(path)
 
 
+def file_of(run: Path, kind: str, size: tuple[int, int] = USUAL) -> Path:
+    """Where what a training learns from is kept, for pictures of a size."""
+    return run / "{}-{}x{}.safetensors".format(kind, *size)
+
+
 Examples = tuple[dict[str, Tensor], dict[str, Tensor], list[str]]  # pixels in -1..1, other columns, and the prompts
 
 
@@ -93,24 +98,34 @@ def encode_pictures(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: T
 def missing(run: Path, kind: str, usual: int) -> Iterator[tuple[Path, int, int, int]]:
     """The files of a kind still to be made: path, height, width and number of pictures, ``usual`` of the usual size."""
     for height, width in PICTURE_SIZES:
-        if not (path := run / f"{kind}-{height}x{width}.safetensors").exists():
+        if not (path := file_of(run, kind, (height, width))).exists():
             fewer = max(1, 3 * usual * USUAL[0] * USUAL[1] // (32 * height * width))
             yield path, height, width, usual if (height, width) == USUAL else fewer
 
 
-class Pictures:
-    """Batches of latents with their captions' tokens, every batch of one size, from all files of a kind in ``run``."""
+Stages = tuple[tuple[str, Callable[[Recipe], int]], ...]  # the flow's and that of guidance, with their steps
 
+
+class Pictures:
+    """Batches of latents with their captions' tokens, every batch of one size, from all files of a kind in ``run``.
+
+    The class says what learns from them and how: here flux-tiny, its relatives in subclasses.
+    """
+
+    kind = "latents"
+    sizes: tuple[tuple[int, int], ...] = PICTURE_SIZES
+    variant = DEV
+    stages: Stages = (("flow", lambda recipe: recipe.flow_steps), ("guidance", lambda recipe: recipe.guidance_steps))
+    true_cfg = 3.0  # at which the teacher's previews are painted
+    learns_words = True  # whether the flow trains the text encoders too
     gently = False  # how guidance is distilled with them
     keeping = 1.0  # the weight of an error where the prompt does not decide: there, it is small and has to be smaller
 
-    def __init__(
-        self, run: Path, recipe: Recipe, kind: str = "latents", sizes: Sequence[tuple[int, int]] = PICTURE_SIZES
-    ) -> None:
-        self.recipe, self.sizes = recipe, sizes
-        self.sets = [read_tensors(run / f"{kind}-{height}x{width}.safetensors") for height, width in sizes]
-        share = (1 - recipe.usual_share) / max(1, len(sizes) - 1)
-        self.shares = torch.tensor([recipe.usual_share if size == USUAL else share for size in sizes])
+    def __init__(self, run: Path, recipe: Recipe) -> None:
+        self.run, self.recipe = run, recipe
+        self.sets = [read_tensors(file_of(run, self.kind, size)) for size in self.sizes]
+        share = (1 - recipe.usual_share) / max(1, len(self.sizes) - 1)
+        self.shares = torch.tensor([recipe.usual_share if size == USUAL else share for size in self.sizes])
 
     def batch(self, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
         """Rows drawn from one of the sets, latents and noise packed; and the ids of their image tokens."""

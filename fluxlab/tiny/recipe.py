@@ -6,6 +6,7 @@ from typing import Any
 from fluxlab.config import VARIANTS
 
 DEV, SCHNELL = VARIANTS["flux-tiny-dev"], VARIANTS["flux-tiny-schnell"]
+TEACHER = "training/teacher.safetensors"  # in the folder of a flux-tiny
 
 
 @dataclass(frozen=True)

@@ -34,18 +34,15 @@ from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.pipeline.text import TextEncoders, tokenizer
 from fluxlab.tiny.distil import distil_guidance, distil_steps
 from fluxlab.tiny.family import MEMBERS
-from fluxlab.tiny.follow import measure_canny, train_canny
 from fluxlab.tiny.measure import measure_all
-from fluxlab.tiny.pictures import USUAL, encode_pictures
-from fluxlab.tiny.recipe import DEV, SCHNELL, Recipe
+from fluxlab.tiny.pictures import USUAL, Pictures, encode_pictures
+from fluxlab.tiny.recipe import DEV, SCHNELL, TEACHER, Recipe
 from fluxlab.tiny.train_autoencoder import train_autoencoder
 from fluxlab.tiny.train_flow import train_flow
 from fluxlab.tiny.train_text import train_text, train_tokenizers
 from fluxlab.weights.convert import factors
 from fluxlab.weights.find import data_folder
 from fluxlab.weights.load import autoencoder_config, empty_encoder, load_weights
-
-TEACHER = "training/teacher.safetensors"
 
 
 def train(run: Path, recipe: Recipe | None = None, output: Path | None = None, earlier: Path | None = None) -> None:
@@ -70,7 +67,7 @@ def train(run: Path, recipe: Recipe | None = None, output: Path | None = None, e
     autoencoder, text = begin_anew(run, recipe) if earlier is None else go_on_from(earlier)
     encode_pictures(run, recipe, autoencoder, text)
     learned = train_flow(run, recipe, autoencoder, text, earlier and earlier / TEACHER)
-    dev = distil_guidance(run, recipe, autoencoder, learned, text)
+    dev = distil_guidance(Pictures(run, recipe), learned, autoencoder, text)
     schnell = distil_steps(run, recipe, autoencoder, dev, text)
     if output is not None:
         pipes = [Pipeline(DEV, dev, autoencoder, text), Pipeline(SCHNELL, schnell, autoencoder, text)]
@@ -129,32 +126,29 @@ def train_member(
     Raises:
         ValueError: no such member; and as ``train`` does.
     """
-    if member not in (*MEMBERS, "canny"):
-        raise ValueError(f"member is {member!r}; there are {', '.join(MEMBERS)} and canny")
+    if member not in MEMBERS:
+        raise ValueError(f"member is {member!r}; there are {', '.join(MEMBERS)}".replace(", canny", " and canny"))
+    train_it, measure_it = MEMBERS[member]
     run, output = at(run), output and at(output)
     earlier = at(earlier or data_folder() / "flux-tiny")
     recipe = recipe or Recipe()
     _begin(run, output, asdict(recipe) | {"earlier": _fingerprint(earlier), "member": member})
     autoencoder, known = go_on_from(earlier)
-    if member == "canny":
-        dev = earlier / Path(DEV.transformer_file).name
-        tensors = train_canny(run, recipe, autoencoder, known, dev).tensors()
-        if output is not None:
-            _write_record(run, output / "training", (), rows=0, prefix="canny-")
-            write_tensors(tensors, lora := output / "flux-tiny-canny-dev-lora.safetensors")
-            pipe = Pipeline(DEV, load_weights(Flux(DEV.transformer), dev, dtype=torch.float32), autoencoder, known)
-            pipe.add_lora({lora: 1.0})
-            _write_measures(run, output, "canny-", lambda: measure_canny(pipe, recipe.judged))
+    made = train_it(run, recipe, autoencoder, known, earlier)
+    if output is None:
         return
-    chosen, train_it, measure_it = MEMBERS[member]
-    model, text = train_it(run, recipe, autoencoder, known, earlier / TEACHER)
-    if output is not None:
-        pipe = Pipeline(chosen, model, autoencoder, text)
-        _write_rounded(model, output / Path(chosen.transformer_file).name)
-        if text is not known:
-            _write_encoders(text, output / member)
-        _write_record(run, output / "training", (member, f"{member}-guidance"), rows=4, prefix=f"{member}-")
-        _write_measures(run, output, f"{member}-", lambda: measure_it(pipe, recipe.judged))
+    if isinstance(made, Pipeline):
+        pipe = made
+        _write_rounded(pipe.model, output / Path(pipe.variant.transformer_file).name)
+        if pipe.text is not known:
+            _write_encoders(pipe.text, output / member)
+    else:
+        write_tensors(made.tensors(), lora := output / "flux-tiny-canny-dev-lora.safetensors")
+        dev = load_weights(Flux(DEV.transformer), earlier / Path(DEV.transformer_file).name, dtype=torch.float32)
+        pipe = Pipeline(DEV, dev, autoencoder, known)
+        pipe.add_lora({lora: 1.0})
+    _write_record(run, output / "training", (member, f"{member}-guidance"), rows=4, prefix=f"{member}-")
+    _write_measures(run, output, f"{member}-", lambda: measure_it(pipe, recipe.judged))
 
 
 def _write_measures(run: Path, output: Path, prefix: str, measure: Callable[[], list[dict[str, Any]]]) -> None:

@@ -26,6 +26,8 @@ from fluxlab.tiny.truth import NUMBER, answer_loss
 from fluxlab.tiny.world import random_picture
 from fluxlab.weights.load import load_weights
 
+Grid = Callable[..., None]  # paints with a pipeline so many held-out examples into a file, with the pipeline's options
+
 
 def initialise(model: Flux) -> Flux:
     """Zero every modulation and the last layer: each block starts as the identity, and the output as zero."""
@@ -58,12 +60,10 @@ def train_flow(
 
     It starts from new weights, or from an earlier ``teacher``; then ``text`` must be what that one learned with.
 
-    In these plain pictures neighbouring tokens are much alike, so what is where shows through a great deal of noise
-    and is settled nearer to t = 1 than times around 0.5 reach. Hence the times are spread wide, and lean to the noise.
-
-    Most of this error is noise and jitter that nothing can predict, and from it alone the network is slow to learn to
-    ask the prompt what stands where. So halfway through the single blocks a linear reader tells from each image token
-    what the clean picture shows there, and its error is added. After this training the reader is thrown away.
+    In these plain pictures what is where shows through a great deal of noise and is settled near t = 1: so the times
+    are spread wide, and lean to the noise. From this error alone the network is slow to learn to ask the prompt what
+    stands where: halfway through the single blocks a linear reader, thrown away later, tells from each image token
+    what the clean picture shows there, and its error is added.
 
     Source: "Scaling Rectified Flow Transformers", Esser et al. 2024, for the times and their shift; "Representation
     Alignment for Generation", Yu et al. 2024, for learning from what the clean picture shows (there, the features of
@@ -73,28 +73,16 @@ def train_flow(
     model = initialise(Flux(SCHNELL.transformer))
     if teacher is not None:
         load_weights(model, teacher, dtype=torch.float32)
-    painter = Pipeline(replace(SCHNELL, num_steps=20, time_shift=True), model, autoencoder, text)
-    preview = partial(sample_grid, painter, recipe.previewed, true_cfg=3.0)
-    learners, pictures = (model, text.t5, text.clip), Pictures(run, recipe)
-    return learn_flow(run, recipe, "flow", learners, text, pictures, recipe.flow_steps, preview, recipe.learning_rate)
+    learn_flow(Pictures(run, recipe), model, autoencoder, text, recipe.learning_rate, sample_grid)
+    return model
 
 
 def learn_flow(
-    run: Path,
-    recipe: Recipe,
-    stage: str,
-    learners: tuple[nn.Module, ...],
-    text: TextEncoders,
-    pictures: Pictures,
-    steps: int,
-    preview: Callable[[Path], None],
-    learning_rate: float,
-) -> Flux:
-    """The stage itself, of the first learner, a transformer, and those that learn with it.
-
-    A reader learns along where ``pictures`` hold what each token shows.
-    """
-    model: Any = learners[0]
+    pictures: Pictures, model: Flux, autoencoder: AutoEncoder, text: TextEncoders, rate: float, grid: Grid
+) -> None:
+    """The stage itself; a reader learns along where ``pictures`` hold what each token shows."""
+    recipe, ((stage, steps), _) = pictures.recipe, pictures.stages
+    learners = (model, text.t5, text.clip) if pictures.learns_words else (model,)
     empty = [ids.int() for ids in text.tokenize([""])]
     width, depth = model.config.hidden_size, model.config.depth_single_blocks
     reads = "truth" in pictures.sets[0]
@@ -119,9 +107,11 @@ def learn_flow(
 
     for learner in learners:
         learner.requires_grad_()
-    fit(stage, nn.ModuleList((*learners, reader)), loss, steps, learning_rate, run, recipe, preview)
+    undistilled = replace(pictures.variant, transformer=model.config, guidance=None)
+    painter = Pipeline(undistilled, model, autoencoder, text)
+    preview = partial(grid, painter, recipe.previewed, true_cfg=pictures.true_cfg)
+    fit(stage, nn.ModuleList((*learners, reader)), loss, steps(recipe), rate, pictures.run, recipe, preview)
     hook.remove()
-    return model
 
 
 def predicted(forward: Callable[..., Tensor], inputs: FluxInputs, noise: Tensor) -> Tensor:

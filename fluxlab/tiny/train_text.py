@@ -129,9 +129,7 @@ def new_text_encoders(run: Path) -> TextEncoders:
 
 
 class Reader(nn.Module):
-    """Says what each slot holds, twice: from T5's sequence, where a query for each slot attends to the tokens as image
-    tokens do, and from CLIP's vector. It is needed for this training alone.
-    """
+    """Says what each slot holds, twice: from T5's sequence, where a query for each attends, and from CLIP's vector."""
 
     def __init__(self, width: int, vec_width: int, slots: int = len(SLOTS)) -> None:
         super().__init__()

@@ -54,13 +54,9 @@ class Tensors(Mapping):  # type: ignore[type-arg]  # of str to Tensor: said, a r
         entries: dict[str, Tensor],
         read: Callable[[str], Tensor],
         metadata: Mapping[str, str] | None = None,
-        mapped: bool = False,
-        kinds: Mapping[str, str] | None = None,
+        mapped: bool = False,  # whether what is read stays in the file, and takes no memory that cannot be given back
+        kinds: Mapping[str, str] | None = None,  # what the file holds of each, where it is read as another dtype
     ) -> None:
-        """``mapped``: whether what is read stays in the file, so that it takes no memory that cannot be given back.
-
-        ``kinds``: what the file holds of each, where that is another dtype than is read.
-        """
         self.path, self.entries, self.metadata, self.mapped = path, entries, dict(metadata or {}), mapped
         self.kinds = {n: str(e.dtype).removeprefix("torch.") for n, e in entries.items()} | dict(kinds or {})
         self._read = read
@@ -135,17 +131,15 @@ def _shards(path: Path) -> tuple[list[Path], Collection[str] | None]:
         files = next((found for kind in kinds if (found := sorted(path.glob(f"[!.]*{kind}")))), [])
         if len(files) != 1:
             there = listed([file.name for file in files or sorted(path.iterdir())]) or "nothing"
-            raise WeightsError(
-                f"{path}: this folder has {len(files)} checkpoints (it holds {there}); give the path of one file"
-            )
+            said = f"{path}: this folder has {len(files)} checkpoints (it holds {there})"
+            raise WeightsError(f"{said}; give the path of one file")
         path = files[0]
     if is_index(path):
         try:
             promised = read_json(path)["weight_map"]
             shards = {path.parent / file for file in promised.values()}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            said = f"{type(error).__name__}: {error}"
-            raise WeightsError(f"{path}: not an index of shards ({said})") from error
+            raise WeightsError(f"{path}: not an index of shards ({type(error).__name__}: {error})") from error
         if absent := sorted(file.name for file in shards if not file.exists()):
             raise WeightsError(f"{path}: names {len(absent)} files that are not there: {listed(absent)}; fetch them")
         return sorted(shards), promised
@@ -243,7 +237,7 @@ def stream_tensors(
     path: str | Path,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file, whole or not at all, one tensor at a time, so that it takes the memory of one tensor.
+    """Write a safetensors file, whole or not at all, in the memory of one tensor.
 
     ``entries`` give every tensor's shape and dtype, ``tensors`` its name and value, both in the order of the file.
 

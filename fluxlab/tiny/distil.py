@@ -13,7 +13,6 @@ from fluxlab.files import read_tensors, write_tensors
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.embeddings import timestep_embedding
 from fluxlab.model.transformer import Flux
-from fluxlab.pipeline.inputs import FluxInputs
 from fluxlab.pipeline.latents import PIXELS, noise, text_ids, unpack
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.pipeline.sampling import denoise
@@ -22,7 +21,7 @@ from fluxlab.pipeline.text import TextEncoders
 from fluxlab.tiny.loop import fit
 from fluxlab.tiny.pictures import Pictures, file_of, missing
 from fluxlab.tiny.recipe import DEV, SCHNELL, Recipe
-from fluxlab.tiny.train_flow import Grid, compiled, flow_inputs, noisy, predicted, sample_grid
+from fluxlab.tiny.train_flow import Grid, compiled, flow_inputs, guided_batch, predicted, sample_grid
 
 
 def distil_guidance(
@@ -47,20 +46,17 @@ def distil_guidance(
     forward, taught = compiled(recipe, student), compiled(recipe, teacher)
 
     def loss(generator: torch.Generator) -> Tensor:
-        chosen, ids = pictures.batch(generator)
-        clean, tokens = chosen["latents"], (chosen["t5_ids"], chosen["clip_ids"])
-        img, t, velocity = noisy(clean, generator, recipe.time_mean, recipe.time_spread)
-        guidance = 1 + (most - 1) * torch.rand(len(clean), generator=generator)
+        chosen, inputs, velocity = guided_batch(pictures, text, generator, most)
+        guidance = inputs.kwargs()["guidance"][:, None, None]
         with torch.no_grad():
-            txt, y = text.encode(*tokens)
-            inputs = pictures.shown(chosen).beside(FluxInputs(img, ids, txt, text_ids(*txt.shape[:2]), t, y))
-            with_prompt = predicted(taught, inputs, img).float()
-            no_txt, no_y = (e.expand_as(x).contiguous() for e, x in zip(empty, (txt, y), strict=True))
-            without = predicted(taught, replace(inputs, txt=no_txt, y=no_y), img)
-            target = without + guidance[:, None, None] * (with_prompt - without.float())
+            told = replace(inputs, guidance=None)
+            with_prompt = predicted(taught, told, velocity).float()
+            txt, y = (e.expand_as(x).contiguous() for e, x in zip(empty, (told.txt, told.y), strict=True))
+            without = predicted(taught, replace(told, txt=txt, y=y), velocity)
+            target = without + guidance * (with_prompt - without.float())
             target = torch.where(pictures.changed(chosen), target, with_prompt if gently else velocity)
-        error = predicted(forward, replace(inputs, guidance=guidance), img).float() - target
-        return pictures.mean((error / (guidance[:, None, None] if gently else 1)).square(), chosen)
+        error = predicted(forward, inputs, velocity).float() - target
+        return pictures.mean((error / (guidance if gently else 1)).square(), chosen)
 
     preview = partial(grid, Pipeline(pictures.variant, student, autoencoder, text), recipe.previewed)
     fit(stage, student, loss, steps(recipe), rate, pictures.run, recipe, preview)

@@ -14,7 +14,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fluxlab.tiny.measure import grown, judge
+from fluxlab.tiny.measure import judge, ndimage
 from fluxlab.tiny.truth import OPTIONS, UNASKED, options_of
 from fluxlab.tiny.world import BACKGROUNDS, COLOURS, SHAPES, SIDES, Picture, Scene, Thing, draw_scene, random_scene
 
@@ -95,7 +95,7 @@ def judge_edit(painted: NDArray[np.uint8], edit: Edit) -> dict[str, float]:
 
     Kept: the mean error from the picture after the edit, three pixels and more off what it touches, is below 6 of 255.
     """
-    off = ~grown(edit.changed)
+    off = ~ndimage().binary_dilation(edit.changed, iterations=3)
     error = float(np.abs(painted.astype(float) - edit.after.pixels)[off].mean())
     found = judge(painted, edit.after.scene)["all"]
     return {"right": found, "kept": float(error < _KEPT), "both": found * (error < _KEPT), "error": error}

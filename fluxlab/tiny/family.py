@@ -79,11 +79,7 @@ class Holes(Pictures):
 
 
 def train_fill(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextEncoders, earlier: Path) -> Pipeline:
-    """flux-tiny-fill-dev.
-
-    In the second stage the teacher's guided prediction is the target in the hole alone. Around it the target
-    is not guided: what is to be kept does not depend on the prompt, and guidance would exaggerate it.
-    """
+    """flux-tiny-fill-dev; guidance acts in the hole alone: around it the prompt decides nothing."""
     encode_holes(run, recipe, autoencoder, text)
     return _learn(Holes(run, recipe), autoencoder, text, earlier, fill_grid)
 
@@ -142,8 +138,8 @@ def fill_grid(pipe: Pipeline, number: int, path: Path, **options: Any) -> None:
 def learn_instructions(run: Path, recipe: Recipe, known: TextEncoders) -> TextEncoders:
     """Encoders of their own for Kontext: tokenizers of captions and instructions, the rest as it was, then trained.
 
-    The pieces that both tokenizers have keep their embeddings. As before the flow, small readers have to tell from
-    the encoders' output what a caption says, and what an instruction asks for.
+    The pieces that both tokenizers have keep their embeddings. Small readers tell from the encoders' output what a
+    caption says, and what an instruction asks for.
     """
     rng = np.random.default_rng((recipe.seed, 8))
     edits = [random_edit(rng, kind=KINDS[-1 - i % len(KINDS)]) for i in range(recipe.edits // 2)]

@@ -20,8 +20,7 @@ from torch.nn import functional as F
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.control import edges
-from fluxlab.pipeline.inputs import FluxInputs
-from fluxlab.pipeline.latents import text_ids, unpack
+from fluxlab.pipeline.latents import unpack
 from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.pipeline.shown import Shown
 from fluxlab.pipeline.text import TextEncoders
@@ -29,7 +28,7 @@ from fluxlab.tiny.loop import fit
 from fluxlab.tiny.measure import judge, mean_of
 from fluxlab.tiny.pictures import USUAL, Examples, Pictures, draw, encode, file_of, pixels_of, to_float
 from fluxlab.tiny.recipe import DEV, Recipe
-from fluxlab.tiny.train_flow import noisy
+from fluxlab.tiny.train_flow import guided_batch
 from fluxlab.weights.load import load_weights
 
 
@@ -98,15 +97,9 @@ def train_canny(run: Path, recipe: Recipe, autoencoder: AutoEncoder, text: TextE
     adapter, pictures = Adapter(model, recipe.canny_rank), EdgedPictures(run, recipe)
 
     def loss(generator: torch.Generator) -> Tensor:
-        chosen, ids = pictures.batch(generator)
-        clean = chosen["latents"]
-        with torch.no_grad():
-            txt, y = text.encode(chosen["t5_ids"], chosen["clip_ids"])
-        img, t, velocity = noisy(clean, generator, recipe.time_mean, recipe.time_spread)
-        guidance = 1 + 7 * torch.rand(len(clean), generator=generator)
-        inputs = FluxInputs(img, ids, txt, text_ids(*txt.shape[:2]), t, y, guidance)
-        given = pictures.shown(chosen).beside(inputs).kwargs()
-        return F.mse_loss(functional_call(wide, adapter.weights(model), (), given).float(), velocity)
+        _, inputs, velocity = guided_batch(pictures, text, generator)
+        found = functional_call(wide, adapter.weights(model), (), inputs.kwargs())
+        return F.mse_loss(found.float(), velocity)
 
     fit("canny", adapter, loss, recipe.canny_steps, recipe.text_learning_rate, run, recipe)
     return adapter

@@ -13,7 +13,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fluxlab.tiny.measure import grown, look
+from fluxlab.tiny.measure import look, ndimage
 from fluxlab.tiny.pictures import USUAL
 from fluxlab.tiny.world import Picture, random_picture
 
@@ -81,10 +81,7 @@ def masks_of(boxes: Int[Tensor, "batch 4"], height: int, width: int) -> Float[Te
 
 
 def scenes_with_holes(number: int, half: bool) -> Iterator[tuple[Picture, int, Hole]]:
-    """Held-out pictures of two things, which of the two is to be painted anew, and the hole on it.
-
-    A box never reaches the other thing.
-    """
+    """Held-out pictures of two things, which of them is painted anew, and a hole on it; no box reaches the other."""
     rng = np.random.default_rng(1)
     while number:
         picture = random_picture(rng, *USUAL, held_out=True, complete=True)
@@ -109,7 +106,7 @@ def judge_hole(painted: NDArray[np.uint8], picture: Picture, which: int, hole: H
     inside = [p for p in patches if left <= p.middle[0] * width < right and top <= p.middle[1] * height < bottom]
     thing = picture.scene.things[which]
     right_thing = len(inside) == 1 and (inside[0].colour, inside[0].shape) == (thing.colour, thing.shape)
-    other = grown(picture.masks[1 - which] > 0.5)
+    other = ndimage().binary_dilation(picture.masks[1 - which] > 0.5, iterations=3)
     other[top:bottom, left:right] = False
     error = float(np.abs(painted.astype(float) - picture.pixels)[other].mean())
     hole_right = right_thing and inside[0].fit > 0.6 and background == picture.scene.background

@@ -28,15 +28,11 @@ class Patch:
     fit: float  # overlap with the best fitting shape, intersection over union
 
 
-def _ndimage() -> Any:
+def ndimage() -> Any:
+    """Of SciPy, or an ``ImportError`` that says what brings it."""
     with importing():
-        from scipy import ndimage
-    return ndimage
-
-
-def grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The mask and three pixels around it."""
-    return _ndimage().binary_dilation(mask, iterations=3)
+        import scipy.ndimage
+    return scipy.ndimage
 
 
 def look(pixels: NDArray[np.uint8]) -> tuple[str, list[Patch]]:
@@ -45,7 +41,7 @@ def look(pixels: NDArray[np.uint8]) -> tuple[str, list[Patch]]:
     colours = pixels.astype(float)
     border = np.concatenate([colours[:4].reshape(-1, 3), colours[-4:].reshape(-1, 3), colours[:, :4].reshape(-1, 3)])
     behind = np.median(border, axis=0)
-    labels, _ = _ndimage().label(np.linalg.norm(colours - behind, axis=-1) > 60)
+    labels, _ = ndimage().label(np.linalg.norm(colours - behind, axis=-1) > 60)
     sizes = np.bincount(labels.ravel())[1:]
     big = [int(i) + 1 for i in np.argsort(-sizes) if sizes[i] > 0.006 * height * width]
     return _nearest(behind, BACKGROUNDS), [_patch(labels == i, colours) for i in big]

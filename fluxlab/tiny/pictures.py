@@ -61,10 +61,7 @@ Examples = tuple[dict[str, Tensor], dict[str, Tensor], list[str]]  # pixels in -
 def encode(
     path: Path, number: int, some: Callable[[int], Examples], autoencoder: AutoEncoder, text: TextEncoders
 ) -> None:
-    """Write what a training learns from, a row an example, unless it is there.
-
-    ``some`` draws that many examples. Of pixels the latents are kept.
-    """
+    """Write so many examples that ``some`` draws, a row each, with the latents of their pixels, unless it is done."""
     if path.exists():
         return
     columns: dict[str, list[Tensor]] = defaultdict(list)

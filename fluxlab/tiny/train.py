@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fluxlab.extras import importing
 from fluxlab.files import WeightsError, at, write_tensors, write_text
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
@@ -34,7 +33,7 @@ from fluxlab.pipeline.pipeline import Pipeline
 from fluxlab.pipeline.text import TextEncoders, tokenizer
 from fluxlab.tiny.distil import distil_guidance, distil_steps
 from fluxlab.tiny.family import MEMBERS
-from fluxlab.tiny.measure import measure_all
+from fluxlab.tiny.measure import measure_all, ndimage
 from fluxlab.tiny.pictures import USUAL, Pictures, encode_pictures
 from fluxlab.tiny.recipe import DEV, SCHNELL, TEACHER, Recipe
 from fluxlab.tiny.train_autoencoder import train_autoencoder
@@ -105,8 +104,7 @@ def _fingerprint(folder: Path) -> str:
 def _begin(run: Path, output: Path | None, given: dict[str, Any]) -> None:
     """Ask now for what the end needs, and hold a run to the recipe it began with: no other may be mixed in."""
     if output is not None:
-        with importing():  # what is written is measured at the very end
-            import scipy  # noqa: F401
+        ndimage()  # what is written is measured at the very end
     for folder in [run] if output is None else [run, output / "training"]:
         folder.mkdir(parents=True, exist_ok=True)
     if (path := run / "recipe.json").exists() and (before := json.loads(path.read_text())) != given:

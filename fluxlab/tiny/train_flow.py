@@ -114,6 +114,19 @@ def learn_flow(
     hook.remove()
 
 
+def guided_batch(
+    pictures: Pictures, text: TextEncoders, generator: torch.Generator, most: int = 8
+) -> tuple[dict[str, Tensor], FluxInputs, Tensor]:
+    """A batch, a forward's inputs for it with guidances from 1 to ``most``, and the path's velocity."""
+    (chosen, ids), recipe = pictures.batch(generator), pictures.recipe
+    img, t, velocity = noisy(chosen["latents"], generator, recipe.time_mean, recipe.time_spread)
+    guidance = 1 + (most - 1) * torch.rand(len(img), generator=generator)
+    with torch.no_grad():
+        txt, y = text.encode(chosen["t5_ids"], chosen["clip_ids"])
+    inputs = FluxInputs(img, ids, txt, text_ids(*txt.shape[:2]), t, y, guidance)
+    return chosen, pictures.shown(chosen).beside(inputs), velocity
+
+
 def predicted(forward: Callable[..., Tensor], inputs: FluxInputs, noise: Tensor) -> Tensor:
     """The velocity of the noise alone, whatever is shown beside it."""
     return forward(*inputs.kwargs().values())[:, : noise.shape[1]]

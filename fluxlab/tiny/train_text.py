@@ -31,23 +31,20 @@ T5_VOCABULARY = 256  # pieces: the captions' few words, and every printable ASCI
 CLIP_MERGES = 160
 
 
-def train_tokenizers(folder: Path, seed: int = 0, captions: int = 8_000, corpus: list[str] | None = None) -> None:
+def train_tokenizers(folder: Path, seed: int = 0, corpus: list[str] | None = None) -> None:
     """Write ``folder/t5`` and ``folder/clip``, from captions or from a corpus of one's own."""
     rng = np.random.default_rng(seed)
-    corpus = corpus or [random_scene(rng).caption(rng, complete=False) for _ in range(captions)]
+    corpus = corpus or [random_scene(rng).caption(rng, complete=False) for _ in range(8_000)]
     for name, train in (("t5", _train_t5), ("clip", _train_clip)):
         (folder / name).mkdir(parents=True, exist_ok=True)
         train(corpus, folder / name)
 
 
 def _train_t5(corpus: list[str], folder: Path) -> None:
-    """Padding is 0, the end 1 and unknown 2, as in T5; capitals become small letters.
-
-    The trainer considers only what occurs in two different words. So each word is also shown with several endings:
-    then the whole word becomes one piece.
-    """
+    """Padding is 0, the end 1 and unknown 2, as in T5; capitals become small letters."""
     import sentencepiece
 
+    # The trainer considers only what occurs in two different words: with several endings, a whole word becomes a piece.
     words = [caption.replace(",", "").split() for caption in corpus[:1000]]
     corpus = corpus + [mark.join(caption) for caption in words for mark in (", ", ". ", "s ", "; ")]
     model = io.BytesIO()

@@ -247,7 +247,9 @@ class Pipeline:
             ValueError: no such device here, or no floating dtype; weights stay in their file, as with ``low_memory`` or
                 a released modulation, or are divided among processes; or they have no numbers to move.
         """
-        if isinstance(device, torch.dtype) and dtype is None:
+        if isinstance(device, torch.dtype):
+            if dtype is not None:
+                raise ValueError(f"device is {device} and dtype {dtype}; give one dtype")
             device, dtype = None, device
         check_place(self.device if device is None else device, dtype)
         if any(each.kind == "shard" for each in self.speedups):

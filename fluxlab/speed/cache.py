@@ -42,7 +42,8 @@ def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
 
     What the first block adds is compared with what it added in the last forward that ran whole: mean absolute
     difference over mean absolute value. Below the threshold, what all others added then is added again. The handle
-    counts ``skipped`` of the last loop's ``forwards``. While ``patch`` changes something, nothing is skipped.
+    counts ``skipped`` of the last loop's ``forwards``, and the picture's ``info`` says so. While ``patch`` changes
+    something, nothing is skipped. What is captured of other blocks was made by the forwards that ran whole.
 
     Args:
         pipe: whose transformer; it needs a double block and a single block at least.

@@ -206,7 +206,7 @@ class Edits(Pictures):
 
     kind, sizes, variant = "kontext", (USUAL,), TINY_KONTEXT
     stages = ("kontext", lambda recipe: recipe.edit_steps), ("kontext-guidance", lambda r: r.edit_guidance_steps)
-    true_cfg, gently = 2.5, True
+    true_cfg, gently, keeping = 2.5, True, 16.0
 
     def shown(self, chosen: dict[str, Tensor]) -> Shown:
         """The picture before each edit."""

@@ -35,7 +35,7 @@ class Recipe:
     edits: int = 12_000  # for flux-tiny-kontext-dev
     told_by_caption: float = 0.25  # of them are told by the caption of the picture after
     edit_text_steps: int = 1_200  # in which the encoders learn the tokenizers' new words
-    edit_steps: int = 13_500
+    edit_steps: int = 15_900
     edit_guidance_steps: int = 500
     canny_pictures: int = 8_000  # for the LoRA of flux-tiny-canny-dev
     canny_rank: int = 16

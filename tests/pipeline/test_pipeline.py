@@ -322,7 +322,7 @@ def test_true_cfg_without_a_negative_prompts_inputs_is_refused(tiny):
 
 @pytest.mark.usefixtures("as_users_run_it")
 def test_a_device_that_is_not_here_is_refused(tiny):
-    with pytest.raises(ValueError, match=r"device is 'torch.float16', which cannot be used here"):
+    with pytest.raises(ValueError, match=r"device is torch.float16 and dtype torch.float32; give one dtype"):
         tiny.to(torch.float16, torch.float32)
     with pytest.raises(ValueError, match="device is 'nonsense', which cannot be used here"):
         fl.load("flux-tiny-dev", device="nonsense")

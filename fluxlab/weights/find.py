@@ -95,8 +95,9 @@ def find_files(
         name = f"{part}_tokenizer"
         if tokenizers is not None:
             found[name] = at(tokenizers) / places[name][0]
-        elif part in given and given[part].is_dir() and not variant.embedded:
-            found.setdefault(name, given[part])
+        elif part in given and given[part].is_dir():
+            complete = any((given[part] / file).is_file() for file in ("tokenizer.json", "spiece.model", "vocab.json"))
+            found[name] = given[part] if complete else found.get(name, given[part])
     if missing := [f"{part} ({' or '.join(names)})" for part, names in places.items() if part not in found]:
         words = any("tokenizer" in part for part in missing)
         hint = "tokenizers=, a folder with tokenizer_2 for T5 and tokenizer for CLIP" if words else "the whole folder"

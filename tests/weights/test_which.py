@@ -1,7 +1,9 @@
 """What a file is, and what it is opened as: every layout that people have."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -279,3 +281,18 @@ def test_shards_of_which_one_is_not_there_are_said(tmp_path):
     write_tensors({"x": torch.ones(1)}, tmp_path / "model-00002-of-00002.safetensors")
     with pytest.raises(fl.WeightsError, match=r"1 missing: b; 1 unexpected: x"):
         which(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["t5", "clip"])
+def test_an_encoders_folder_with_a_tokenizer_of_its_own_is_taken_with_it(tmp_path, part):
+    """As of a flux-tiny that was trained anew, whose words are not those in data/."""
+    shutil.copytree(data_folder() / "flux-tiny" / part, own := tmp_path / part)
+    text = fl.load("flux-tiny-dev", **{part: own}).text
+    assert Path({"t5": text.t5_tokenizer, "clip": text.clip_tokenizer}[part].name_or_path) == own
+    for file in ("spiece.model", "tokenizer.json"):
+        (own / file).unlink(missing_ok=True)
+    text = fl.load("flux-tiny-dev", **{part: own}).text
+    assert (
+        Path({"t5": text.t5_tokenizer, "clip": text.clip_tokenizer}[part].name_or_path)
+        == data_folder() / "flux-tiny" / part
+    )

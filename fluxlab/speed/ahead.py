@@ -176,6 +176,9 @@ class _State:
 
                 known = {"time_in": time_in, "guidance_in": None, "vector_in": lambda _: 0}
                 known |= {"txt_in": lambda _: text, "pe_embedder": lambda _: pe}
+            own = {
+                name: vars(self.model)[name] for name in known if name in vars(self.model)
+            }  # a part it lacks is None
             try:
                 vars(self.model).update(known)  # found before the modules of these names
                 self.active = bool(known)
@@ -184,6 +187,7 @@ class _State:
                 self.active = False
                 for name in known:
                     del vars(self.model)[name]
+                vars(self.model).update(own)
 
 
 def _release(handle: Handle, pipe: Pipeline, layers: list[Any]) -> None:

@@ -810,3 +810,15 @@ def test_modulation_ahead_whatever_torchs_default_dtype_is(pipe):
             assert np.abs(painted(pipe) - plain).mean() < 3
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_a_model_without_guidance_paints_again_and_after_it(release):
+    pipe = fl.load("flux-tiny-schnell")
+    options = {"num_steps": 2, "height": 64, "width": 64, "progress": False}
+    plain = [pipe(words, **options).tobytes() for words in ("a red circle", "a blue star")]
+    with fl.speed.modulation_ahead(pipe, release=release):
+        for _ in range(2):
+            pipe("a red circle", **options)
+            pipe("a blue star", **options)
+    assert [pipe(words, **options).tobytes() for words in ("a red circle", "a blue star")] == plain

@@ -1,4 +1,4 @@
-"""Arguments of many kinds of call: numbers, devices and dtypes, each checked, and refused in one sentence."""
+"""Numbers, devices and dtypes that are given, and numbers in tensors, each checked, and refused in one sentence."""
 
 import operator
 from numbers import Real

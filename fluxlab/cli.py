@@ -22,7 +22,7 @@ from fluxlab.course.gallery import gallery, relatives
 from fluxlab.files import at, replacing
 from fluxlab.onnx.export import GRAPHS, PARTS
 from fluxlab.pipeline.checks import as_batch, check_guidance, check_shown
-from fluxlab.pipeline.latents import PIXELS, as_side
+from fluxlab.pipeline.latents import as_side
 from fluxlab.speed.sharded import processes, rank
 from fluxlab.tiny.recipe import SMOKE, Recipe
 from fluxlab.tiny.train import train, train_member
@@ -34,8 +34,10 @@ _SOURCE = """A whole model's folder in the other layout; or one part, a transfor
 diffusers folder of shards. Not needed for flux-tiny, to diffusers or comfyui."""
 
 _OPTIONS: Any = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False}
-_OPTIONS |= {"rich_markup_mode": None}  # markup would swallow "[default: ...]"
-app = typer.Typer(help="FLUX.1: paint, explain, convert, export and train.", **_OPTIONS)
+app = typer.Typer(
+    help="FLUX.1: paint, explain, convert, export and train.", rich_markup_mode=None, **_OPTIONS
+)  # markup would swallow "[default: ...]"
+
 
 _EXPECTED: Any = (ValueError, OSError, ImportError, MemoryError, ArithmeticError, torch.OutOfMemoryError)
 _EXPECTED += (Image.DecompressionBombError, SyntaxError)  # of pictures
@@ -77,7 +79,7 @@ def generate(
     output: Annotated[Path, Option(help="The PNG file to write.")] = Path("picture.png"),
     variant: Annotated[str, Option(help="Which model.")] = _TINY,
     source: Annotated[
-        str | None, Option(help="Of a full-size model: its folder or hub repository, owner/name.")
+        str | None, Option(help="A full-size model: its folder, or a hub repository (owner/name).")
     ] = None,
     steps: Annotated[int | None, Option(help="Forwards of the model. [default: the variant's]")] = None,
     guidance: Annotated[float | None, Option(help="Distilled guidance. [default: the variant's]")] = None,
@@ -85,18 +87,22 @@ def generate(
     width: Annotated[int | None, Option(help="In pixels, a multiple of 16. [default: the picture's, or usual]")] = None,
     height: Annotated[int | None, Option(help="Likewise.")] = None,
     image: Annotated[
-        list[Path] | None, Option(help="To start from, fill, change or vary. For Redux, repeatable.")
+        list[Path] | None, Option(help="A picture to start from, to fill, to change or to vary. For Redux, repeatable.")
     ] = None,
     mask: Annotated[Path | None, Option(help="White where --image is to be painted; Fill is made for it.")] = None,
     control: Annotated[Path | None, Option(help="For Canny and Depth: the picture of edges or of depth.")] = None,
-    redux: Annotated[Path | None, Option(help="The folder of FLUX.1-Redux-dev, which tells --image as text.")] = None,
+    redux: Annotated[
+        Path | None, Option(help="The folder of FLUX.1-Redux-dev, which gives --image to the model as text.")
+    ] = None,
     strength: Annotated[
-        float | None, Option(help="How much of --image is noised, (0, 1]; of Redux, its weight.")
+        float | None, Option(help="How much of --image becomes noise, (0, 1]; of Redux, its weight.")
     ] = None,
     negative_prompt: Annotated[str | None, Option(help="What --true-cfg leads away from.")] = None,
     true_cfg: Annotated[float, Option(help="Above 1: guidance by a second forward a step.")] = 1.0,
     tiled: Annotated[bool, Option("--tiled", help="A large picture through the VAE in tiles: less memory.")] = False,
-    lora: Annotated[list[str] | None, Option(help="A LoRA file; with =0.8, at that strength. Repeatable.")] = None,
+    lora: Annotated[
+        list[str] | None, Option(help="A LoRA file; with =0.8 behind it, at that strength. Repeatable.")
+    ] = None,
     low_memory: Annotated[bool, Option("--low-memory", help="Leave weights on disk until they are needed.")] = False,
     device: Annotated[str, Option(help="cpu, cuda or mps.")] = "cpu",
 ) -> None:
@@ -111,15 +117,18 @@ def generate(
     options |= {"seed": seed, "num_steps": steps, "negative_prompt": negative_prompt, "tiled": tiled}
     as_batch(prompt, seed)
     check_guidance(guidance, true_cfg, negative_prompt)
-    as_side("height", PIXELS if height is None else height)
-    as_side("width", PIXELS if width is None else width)
+    for name, side in (("height", height), ("width", width)):
+        if side is not None:
+            as_side(name, side)
     whole("steps", 1 if steps is None else steps)
     with replacing(output) as temporary:
+        shown: Any = {"mask": mask, "control": control}
+        options |= {name: _opened(path) for name, path in shown.items() if path}
         images = [_opened(path) for path in image or ()]
-        shown: Any = {"image": images[0] if len(images) == 1 else images or None}
-        shown |= {"mask": mask and _opened(mask), "control": control and _opened(control)}
+        options |= {"image": images[0] if len(images) == 1 else images} if images else {}
         if redux is None and not lora:  # which may change what it is shown
-            check_shown(variant, fl.variant(variant).shown, shown)
+            given = {name: options.get(name) for name in ("image", "mask", "control")}
+            check_shown(variant, fl.variant(variant).shown, given)
         loras, low = dict(map(_strength, lora or ())), low_memory or (False if processes() > 1 else None)
         if len(loras) < len(lora or ()):
             raise ValueError("--lora names a file twice; give each once")
@@ -128,7 +137,7 @@ def generate(
         pipe = fl.load(variant, source, device, lora=loras, redux=redux, low_memory=low)
         if processes() > 1:
             fl.speed.shard(pipe)
-        picture: Any = pipe(prompt, **options, **shown, progress=rank() == 0)
+        picture: Any = pipe(prompt, **options, progress=rank() == 0)
         picture.save(temporary)
     if rank() == 0:
         typer.echo(f"{output}: {picture.width} x {picture.height} pixels")
@@ -156,7 +165,9 @@ def _of_one(given: object) -> None:
 
 @_command
 def export(
-    variant: Annotated[str | None, Argument(help="Whose ONNX file. [default: all that is in exported/]")] = None,
+    variant: Annotated[
+        str | None, Argument(help="Whose ONNX file to write. [default: all that is in exported/]")
+    ] = None,
     output: Annotated[Path, Option(help="The folder for everything, or the one ONNX file.")] = Path("exported"),
     part: Annotated[str, Option(help=f"{', '.join(PARTS[:-1])} or {PARTS[-1]}.")] = "transformer",
     weights: Annotated[bool, Option(help="Write the numbers too, so that the file runs.")] = False,

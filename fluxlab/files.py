@@ -251,9 +251,8 @@ def stream_tensors(
     end = 0
     for name, entry in entries.items():
         start, end = end, end + entry.numel() * entry.itemsize
-        called = json.loads(save({"": torch.empty(0, dtype=entry.dtype, device="cpu")})[8:])[""][
-            "dtype"
-        ]  # by safetensors itself
+        empty = torch.empty(0, dtype=entry.dtype, device="cpu")
+        called = json.loads(save({"": empty})[8:])[""]["dtype"]  # by safetensors itself
         header[name] = {"dtype": called, "shape": list(entry.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

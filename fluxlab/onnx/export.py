@@ -94,24 +94,25 @@ def export_onnx(
         raise IsADirectoryError(f"{target} is a folder; give the path of a file in it")
     if not isinstance(weights, bool | Mapping):
         raise ValueError(f"weights is a {type(weights).__name__}; give True, False, or tensors by their names")
-    text, vae, quantized = part in ("t5", "clip"), part in _VAE, quantize is not None
-    int8 = quantize == "int8" and weights and dtype == "float32"
-    for wrong, said in (
-        (text and weights is not True, f"part {part!r} is traced from the encoder on disk; ask for weights=True"),
-        (text and opset < 18, f"opset is {opset}; {part!r} is traced by PyTorch's exporter, which writes 18 and later"),
-        (text and quantized, f"quantize is {quantize!r}; the text encoders, such as {part!r}, are not quantized"),
-        (
-            quantized and not int8,
-            f"quantize is {quantize!r}; quantize='int8' goes with weights, and with dtype float32",
-        ),
-        (vae and dtype == "bfloat16" and opset < 22, f"opset is {opset}; convolutions in {dtype} take it from 22 on"),
-        (source is not None and weights is not True, "source says where weights are; ask for weights=True"),
-    ):
-        if wrong:
-            raise ValueError(said)
-    if text:
+    if part in ("t5", "clip"):
+        if weights is not True:
+            raise ValueError(f"part {part!r} is traced from the encoder on disk; ask for weights=True")
+        if opset < 18:
+            said = "is traced by PyTorch's exporter, which writes 18 and later"
+            raise ValueError(f"opset is {opset}; part {part!r} {said}")
+        if quantize is not None:
+            raise ValueError(f"quantize is {quantize!r}; the text encoders, such as {part!r}, are not quantized")
         return _write_text_encoder(chosen, part, find_files(chosen, source), _TORCH[dtype], opset, target)
-    flat, opset = (True, 17) if quantized else (flat, opset)
+    if quantize is not None:
+        if quantize != "int8" or not weights or dtype != "float32":
+            said = f"quantize is {quantize!r}, weights {'given' if weights else weights} and dtype {dtype!r}"
+            raise ValueError(f"{said}; quantize='int8' goes with weights, and with dtype float32")
+        flat, opset = True, 17
+    vae = part in _VAE
+    if dtype == "bfloat16" and vae and opset < 22:
+        raise ValueError(f"dtype is 'bfloat16' and opset {opset}; ONNX's convolutions take it from 22 on")
+    if source is not None and weights is not True:
+        raise ValueError("source says where weights are, and none are read from it; ask for weights=True")
     file = None
     if weights is True or (chosen.embedded and vae):  # the VAE's file tells scale and shift
         of = "autoencoder" if vae else "transformer"
@@ -136,8 +137,7 @@ def export_onnx(
             from fluxlab.onnx.shapes import annotate
         turned = _unturned(model := inliner.inline_local_functions(model))
         annotate(model)
-        if (as_is := read) is not None:
-            read = lambda name: as_is(name).T if name in turned else as_is(name)  # noqa: E731
+        read = read and _turning(read, turned)
     if quantize is None:
         return _write(model, read, _TORCH[dtype], target, _EMBED)
     with importing():
@@ -188,6 +188,11 @@ def _unturned(model: Any) -> set[str]:
     for node in model.graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
     return set(names.values())
+
+
+def _turning(read: Callable[[str], Tensor], turned: set[str]) -> Callable[[str], Tensor]:
+    """What reads a weight, those of these names transposed."""
+    return lambda name: read(name).T if name in turned else read(name)
 
 
 def _check(weights: Mapping[str, Tensor], model: Any) -> None:

@@ -45,7 +45,11 @@ _HANDED = """next.vec = Identity(vec)  # For the next block: so a picture of the
 
 
 def define_parts(writer: Writer, c: FluxConfig) -> None:
-    """Every kind of part of a model, the smallest first; a ``ValueError`` where q, k and v have no biases."""
+    """Every kind of part that a model of this config has, the smallest first.
+
+    Raises:
+        ValueError: the config has no biases of q, k and v, which every function here takes.
+    """
     if not c.qkv_bias:
         raise ValueError("qkv_bias is False, and the graph is written for models whose qkv has a bias")
     gelu = 'Gelu(x, approximate="tanh")'

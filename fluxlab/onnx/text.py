@@ -41,7 +41,12 @@ _DOT = "\N{MIDDLE DOT}"  # which Python takes inside a name, so it stands for a 
 
 
 class Writer:
-    """Makes the functions and the graph of one model, for an opset from 17 on, in a dtype as ONNX numbers it."""
+    """Makes the functions and the graph of one model.
+
+    Args:
+        opset: of the standard's operators, 23 or later, or 17 for older tools.
+        dtype: of weights and features, as ONNX numbers it.
+    """
 
     def __init__(self, opset: int, dtype: int) -> None:
         self.opset, self.dtype = opset, dtype

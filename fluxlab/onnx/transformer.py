@@ -14,7 +14,10 @@ _BLOCKS = {
 
 
 def transformer_graph(writer: Writer, c: FluxConfig, name: str, reference: bool = False) -> ModelProto:
-    """The whole transformer without its weights; ``reference``: with another picture's tokens, as Kontext takes."""
+    """The whole transformer without its weights: initializers have their shapes and no numbers yet.
+
+    ``reference``: whether the tokens of another picture go with the image's, as Kontext takes them.
+    """
     define_parts(writer, c)
     call = writer.call
 

@@ -41,6 +41,10 @@ class TextEncoders:
     device: torch.device | str = "cpu"  # where the ids are sent
 
     def __post_init__(self) -> None:
+        for words, encoder in ((self.t5_tokenizer, self.t5), (self.clip_tokenizer, self.clip)):
+            if len(words) > (rows := encoder.config.vocab_size):
+                told = f"{words.name_or_path}: this tokenizer has {len(words)} pieces, and its encoder {rows}"
+                raise WeightsError(f"{told}; take both from one model")
         end, said = self.clip_tokenizer.eos_token_id, self.clip.config.eos_token_id
         if said not in (2, end):  # by it CLIP finds the place that it pools; 2 is what old configs have
             told = f"CLIP's config.json has eos_token_id {said}, and its tokenizer ends prompts with {end}"

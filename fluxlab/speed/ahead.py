@@ -25,13 +25,15 @@ def modulation_ahead(pipe: Pipeline, release: bool = False) -> Handle:
     """Compute all modulations of a schedule in one product a layer, before the loop; and once what a prompt fixes.
 
     ``denoise`` tells the model its times and its prompts before the first step. From them come, for each step, the
-    vector that steers and all shifts, scales and gates; and once ``txt_in``'s tokens and the rotation. A forward finds
-    its step by its time, among the loops prepared for the same ``txt``, ``y``, ids and guidance. What was not prepared
-    runs as ever, and so does what is to have gradients, and the rest of a loop in which weights changed. Values differ
-    by rounding, since a product of many rows may sum in another order.
+    vector that steers and all shifts, scales and gates; and once ``txt_in``'s tokens and the rotation. The forward
+    knows no step: it is found by its time, among the loops prepared for this prompt, which have the same ``txt``,
+    ``y``, ids and guidance. What was not prepared, as several times at once, runs as ever, and so does what is to have
+    gradients, and the rest of a loop in which a LoRA changed or weights were loaded. Values differ by rounding,
+    since a product of many rows may sum in another order.
 
-    ``time_in``, ``guidance_in``, ``vector_in``, ``txt_in`` and the ``lin`` of modulations cannot be captured; shifts,
-    scales and gates can. To ``patch`` what they were computed from, ``timesteps`` or ``vec``, is an error.
+    What is not computed in the forward cannot be captured there, and ``capture`` says so: ``time_in``,
+    ``guidance_in``, ``vector_in``, ``txt_in`` and the ``lin`` of modulations. Their shifts, scales and gates can. To
+    ``patch`` what the modulations were computed from, ``timesteps`` or ``vec``, is an error.
 
     Args:
         pipe: whose transformer.
@@ -176,9 +178,7 @@ class _State:
 
                 known = {"time_in": time_in, "guidance_in": None, "vector_in": lambda _: 0}
                 known |= {"txt_in": lambda _: text, "pe_embedder": lambda _: pe}
-            own = {
-                name: vars(self.model)[name] for name in known if name in vars(self.model)
-            }  # a part it lacks is None
+            own = {name: part for name, part in vars(self.model).items() if name in known}  # None, where it has no part
             try:
                 vars(self.model).update(known)  # found before the modules of these names
                 self.active = bool(known)

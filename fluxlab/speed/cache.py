@@ -40,10 +40,10 @@ class CacheHandle(Handle):
 def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
     """Leave out all blocks but the first, where the first does nearly what it did the last time.
 
-    What the first block adds is compared with what it added in the last forward that ran whole: mean absolute
-    difference over mean absolute value. Below the threshold, what all others added then is added again. The handle
-    counts ``skipped`` of the last loop's ``forwards``, and the picture's ``info`` says so. While ``patch`` changes
-    something, nothing is skipped. What is captured of other blocks was made by the forwards that ran whole.
+    What the first block adds to its stream is compared with what it added in the last forward that ran whole: mean
+    absolute difference over mean absolute value. Below the threshold, what all others added then is added again. The
+    handle counts ``skipped`` of the last loop's ``forwards``, and the picture's ``info`` says so. While ``patch``
+    changes something, nothing is skipped. What is captured of other blocks was made by the forwards that ran whole.
 
     Args:
         pipe: whose transformer; it needs a double block and a single block at least.
@@ -55,7 +55,7 @@ def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
     Source: first-block caching of ParaAttention, Cheng 2024; the idea is that of "Timestep Embedding Tells: It's Time
     to Cache for Video Diffusion Model", Liu et al. 2024.
     """
-    if not is_number(threshold, least=0):
+    if not (is_number(threshold, least=0)):
         raise ValueError(f"threshold is {threshold!r}; give a number from 0, which never skips, such as 0.1")
     handle = CacheHandle(pipe, "cache_steps", f"cache_steps({threshold:g})")
     doubles, singles = list(pipe.model.double_blocks), list(pipe.model.single_blocks)
@@ -134,4 +134,5 @@ def cache_steps(pipe: Pipeline, threshold: float) -> CacheHandle:
         handle.put(block, other(block.forward))
     for block in singles:
         handle.put(block, single(block.forward, block is singles[-1]))
-    return handle.on()
+    handle.on()
+    return handle

@@ -6,15 +6,16 @@ import torch
 
 from fluxlab.pipeline.checks import warn
 from fluxlab.pipeline.pipeline import Pipeline
-from fluxlab.speed.handle import Handle
+from fluxlab.speed.handle import Handle, check_in_memory
 
 
 def compile(pipe: Pipeline, whole: bool = False, **options: Any) -> Handle:
     """Compile the transformer's blocks, one after the other, or the whole forward.
 
-    Block by block, all of a kind share one program, made in the first forward. Another prompt, seed or step needs no
-    other; another size some more, once, after which sizes are variable. While ``capture`` or ``patch`` looks, the model
-    runs eagerly. Merge a LoRA first: kept apart, each of its layers takes a program of its own.
+    Block by block is the better bargain: all blocks of a kind share one program, so that compiling takes as long for
+    two as for all 57. It happens in the first forward. Another prompt, seed or step needs no other program; another
+    size some more, once, after which sizes are variable. While ``capture`` or ``patch`` looks, the model runs eagerly.
+    Merge a LoRA first: kept apart, each of its layers takes a program of its own, up to PyTorch's limit.
 
     Args:
         pipe: whose transformer.
@@ -26,6 +27,7 @@ def compile(pipe: Pipeline, whole: bool = False, **options: Any) -> Handle:
             memory, as with ``low_memory``.
     """
     handle = Handle(pipe, "compile whole" if whole else "compile")
+    check_in_memory(pipe.model)
     if any(not lora.merged for lora in pipe.loras):
         warn("a LoRA is kept apart, and each layer of it would take a program of its own; merge it before compiling")
     if " " in torch.__file__ and options.get("backend", "inductor") == "inductor":

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,17 @@ _APART = (  # what does not go together
     *({"shard", other} for other in ("quantize", "compile", "compile whole")),
     *({"compile whole", other} for other in ("compile", "cache_steps")),
 )
-_IN_MEMORY = _ORDER[:4]  # what needs the weights there
-_Own = TypeVar("_Own", bound="Handle")
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two forwards are given the same."""
     return a is b or (a is not None and b is not None and a.device == b.device and torch.equal(a, b))
+
+
+def check_in_memory(*parts: nn.Module) -> None:
+    """A ``ValueError`` where weights come one by one, as with ``low_memory``."""
+    if any(p.is_meta for part in parts for p in part.parameters()):
+        raise ValueError("weights are not in memory: low_memory has them come one by one; load with low_memory=False")
 
 
 class Handle:
@@ -31,17 +35,14 @@ class Handle:
     def __init__(self, pipe: Pipeline, kind: str, said: str = "") -> None:
         if not isinstance(pipe, Pipeline):
             raise ValueError(f"pipe is a {type(pipe).__name__}; give the pipeline that fl.load makes")
-        self.pipe, self.kind, self.said, self._stack = pipe, kind, said or kind, ExitStack()
+        self.pipe, self.kind, self.said = pipe, kind, said or kind
+        self._stack = ExitStack()
         on = [handle.kind for handle in pipe.speedups]
         if later := [other for other in on if _ORDER.index(other) >= _ORDER.index(kind)]:
             raise ValueError(f"{later[-1]} is on this pipeline already, and {kind} comes before it: undo that first")
         for other in on:
             if {kind, other} in _APART:
                 raise ValueError(f"{kind} does not go with {other}, which is on this pipeline; undo that first")
-        parts = [pipe.model, *([pipe.text.t5] if kind == "shard" else [])] if kind in _IN_MEMORY else []
-        if any(p.is_meta for part in parts for p in part.parameters()):
-            said = "weights are not in memory: low_memory has them come one by one"
-            raise ValueError(f"{said}; load with low_memory=False")
 
     def __reduce_ex__(self, _: Any) -> str:
         """A ``ValueError``: the copy would undo what is on the original."""
@@ -63,7 +64,7 @@ class Handle:
         """What else ``undo`` has to do; what comes last is done first."""
         self._stack.callback(undo)
 
-    def on(self: _Own) -> _Own:
+    def on(self) -> "Handle":
         """The handle, once all of it is on."""
         self.pipe.speedups.append(self)
         return self

@@ -1,14 +1,13 @@
 """Linears in 8 bits, by torchao; for 4 bits, GGUF files are loaded as they are (chapter 15)."""
 
 import warnings
-from contextlib import ExitStack
 
 import torch
 from torch import nn
 
 from fluxlab.extras import importing, quiet
 from fluxlab.pipeline.pipeline import Pipeline
-from fluxlab.speed.handle import Handle
+from fluxlab.speed.handle import Handle, check_in_memory
 
 _CONFIGS = {  # of torchao
     "int8": "Int8WeightOnlyConfig",
@@ -32,10 +31,12 @@ def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
         ImportError: torchao is not installed.
     """
     if kind not in [*_CONFIGS]:
-        raise ValueError(f"kind is {kind!r}; there are {str([*_CONFIGS])[1:-1]}; 4 bits are loaded from GGUF files")
+        kinds = ", ".join(map(repr, _CONFIGS))
+        raise ValueError(f"kind is {kind!r}; there are {kinds}; 4 bits are loaded from GGUF files")
     handle = Handle(pipe, "quantize", f"quantize {kind}")
     ends = (pipe.model.img_in, pipe.model.final_layer.linear)
     linears = [each for each in pipe.model.modules() if isinstance(each, nn.Linear) and each not in ends]
+    check_in_memory(pipe.model)
     if ends[0].weight.dtype == torch.float64:
         raise ValueError("the weights are float64, which torchao does not take; pipe.to(torch.float32) first")
     capable = linears[0].weight.is_cuda and torch.cuda.get_device_capability(linears[0].weight.device) >= (8, 9)
@@ -57,8 +58,11 @@ def quantize(pipe: Pipeline, kind: str = "int8") -> Handle:
                 weight.data = weight.data.to(*now)
             linear.weight = weight
 
-    with ExitStack() as stack, quiet(), warnings.catch_warnings(action="ignore"):
-        stack.callback(restore)
-        torchao.quantize_(pipe.model, getattr(torchao, _CONFIGS[kind])(), lambda module, name: module in linears)
-        handle.later(stack.pop_all().close)
+    try:
+        with quiet(), warnings.catch_warnings(action="ignore"):
+            torchao.quantize_(pipe.model, getattr(torchao, _CONFIGS[kind])(), lambda module, name: module in linears)
+    except BaseException:
+        restore()
+        raise
+    handle.later(restore)
     return handle.on()

@@ -5,14 +5,14 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from numbers import Real
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import distributed
 
 from fluxlab.model.transformer import Flux
 from fluxlab.pipeline.pipeline import Pipeline
-from fluxlab.speed.handle import Handle
+from fluxlab.speed.handle import Handle, check_in_memory
 from fluxlab.weights.stream import refuse
 
 
@@ -31,11 +31,13 @@ def shard(pipe: Pipeline, minutes: float = 10) -> Handle:
 
     ``torchrun --nproc-per-node 2 -m fluxlab generate "a red circle"`` does it by itself. Every process runs the same
     script and paints the same picture; before a block runs, each gets the others' parts of it, and drops them after.
-    On CPUs they talk by gloo, on GPUs by NCCL. ``undo`` makes new modules, and moves the LoRAs that are on to these.
+    On CPUs they talk by gloo, on GPUs by NCCL. Inputs are not cast. ``undo`` makes new modules, and moves
+    the LoRAs that are on to these.
 
     Args:
         pipe: of every process alike.
-        minutes: to wait for another process before the run ends; where they are connected already, it is as said then.
+        minutes: to wait for another process before the run ends; where the processes are connected already, they wait
+            as was said then.
 
     Raises:
         ValueError: this is a single process, not one of several that ``torchrun`` started; ``minutes`` is no number
@@ -48,9 +50,10 @@ def shard(pipe: Pipeline, minutes: float = 10) -> Handle:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    handle = Handle(pipe, "shard", f"shard over {processes()} processes")
+    check_in_memory(pipe.model, pipe.text.t5)
     if any(lora.merged for lora in pipe.loras):
         raise ValueError("a LoRA is merged into the weights, and could not be taken off again; undo() it first")
+    handle = Handle(pipe, "shard", f"shard over {processes()} processes")
     cuda = torch.device(pipe.device).type == "cuda"
     if cuda:
         torch.cuda.set_device(pipe.model.img_in.weight.device)  # where FSDP puts a block's parts together
@@ -58,8 +61,9 @@ def shard(pipe: Pipeline, minutes: float = 10) -> Handle:
         distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=minutes))
     mesh = init_device_mesh("cuda" if cuda else "cpu", (processes(),))
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    model, t5 = pipe.model, cast(Any, pipe.text.t5)
-    for block in (*model.double_blocks, *model.single_blocks, *t5.encoder.block):
+    model, t5 = pipe.model, pipe.text.t5
+    encoder: Any = t5
+    for block in (*model.double_blocks, *model.single_blocks, *encoder.encoder.block):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     others = partial(refuse, "the weights are divided among processes; undo shard before others are loaded")
     for module in (model, t5):

@@ -34,7 +34,7 @@ def distil_guidance(
 
     Source: "On Distillation of Guided Diffusion Models", Meng et al. 2022.
     """
-    recipe, gently, (_, (stage, steps)) = pictures.recipe, pictures.gently, pictures.stages
+    recipe, gently, (stage, steps) = pictures.recipe, pictures.gently, pictures.stages[1]
     torch.manual_seed(recipe.seed)
     student = Flux(pictures.variant.transformer)
     most, rate = (4, recipe.learning_rate / 10) if gently else (8, recipe.learning_rate / 3)

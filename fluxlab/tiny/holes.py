@@ -81,7 +81,10 @@ def masks_of(boxes: Int[Tensor, "batch 4"], height: int, width: int) -> Float[Te
 
 
 def scenes_with_holes(number: int, half: bool) -> Iterator[tuple[Picture, int, Hole]]:
-    """Held-out pictures of two things, which of them is painted anew, and a hole on it; no box reaches the other."""
+    """Held-out pictures of two things, which of the two is to be painted anew, and the hole on it.
+
+    A box never reaches the other thing.
+    """
     rng = np.random.default_rng(1)
     while number:
         picture = random_picture(rng, *USUAL, held_out=True, complete=True)

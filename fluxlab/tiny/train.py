@@ -125,7 +125,8 @@ def train_member(
         ValueError: no such member; and as ``train`` does.
     """
     if member not in MEMBERS:
-        raise ValueError(f"member is {member!r}; there are {', '.join(MEMBERS)}".replace(", canny", " and canny"))
+        *others, last = MEMBERS
+        raise ValueError(f"member is {member!r}; there are {', '.join(others)} and {last}")
     train_it, measure_it = MEMBERS[member]
     run, output = at(run), output and at(output)
     earlier = at(earlier or data_folder() / "flux-tiny")

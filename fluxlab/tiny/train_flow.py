@@ -60,10 +60,12 @@ def train_flow(
 
     It starts from new weights, or from an earlier ``teacher``; then ``text`` must be what that one learned with.
 
-    In these plain pictures what is where shows through a great deal of noise and is settled near t = 1: so the times
-    are spread wide, and lean to the noise. From this error alone the network is slow to learn to ask the prompt what
-    stands where: halfway through the single blocks a linear reader, thrown away later, tells from each image token
-    what the clean picture shows there, and its error is added.
+    In these plain pictures neighbouring tokens are much alike, so what is where shows through a great deal of noise
+    and is settled nearer to t = 1 than times around 0.5 reach. Hence the times are spread wide, and lean to the noise.
+
+    Most of this error is noise and jitter that nothing can predict, and from it alone the network is slow to learn to
+    ask the prompt what stands where. So halfway through the single blocks a linear reader tells from each image token
+    what the clean picture shows there, and its error is added. After this training the reader is thrown away.
 
     Source: "Scaling Rectified Flow Transformers", Esser et al. 2024, for the times and their shift; "Representation
     Alignment for Generation", Yu et al. 2024, for learning from what the clean picture shows (there, the features of
@@ -81,7 +83,7 @@ def learn_flow(
     pictures: Pictures, model: Flux, autoencoder: AutoEncoder, text: TextEncoders, rate: float, grid: Grid
 ) -> None:
     """The stage itself; a reader learns along where ``pictures`` hold what each token shows."""
-    recipe, ((stage, steps), _) = pictures.recipe, pictures.stages
+    recipe, (stage, steps) = pictures.recipe, pictures.stages[0]
     learners = (model, text.t5, text.clip) if pictures.learns_words else (model,)
     empty = [ids.int() for ids in text.tokenize([""])]
     width, depth = model.config.hidden_size, model.config.depth_single_blocks

@@ -41,7 +41,11 @@ def train_tokenizers(folder: Path, seed: int = 0, corpus: list[str] | None = Non
 
 
 def _train_t5(corpus: list[str], folder: Path) -> None:
-    """Padding is 0, the end 1 and unknown 2, as in T5; capitals become small letters."""
+    """Padding is 0, the end 1 and unknown 2, as in T5; capitals become small letters.
+
+    The trainer considers only what occurs in two different words. So each word is also shown with several endings:
+    then the whole word becomes one piece.
+    """
     import sentencepiece
 
     # The trainer considers only what occurs in two different words: with several endings, a whole word becomes a piece.
@@ -126,7 +130,9 @@ def new_text_encoders(run: Path) -> TextEncoders:
 
 
 class Reader(nn.Module):
-    """Says what each slot holds, twice: from T5's sequence, where a query for each attends, and from CLIP's vector."""
+    """Says what each slot holds, twice: from T5's sequence, where a query for each slot attends to the tokens as image
+    tokens do, and from CLIP's vector. It is needed for this training alone.
+    """
 
     def __init__(self, width: int, vec_width: int, slots: int = len(SLOTS)) -> None:
         super().__init__()

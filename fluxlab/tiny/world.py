@@ -145,7 +145,10 @@ def random_picture(
 def draw_scene(
     scene: Scene, rng: Generator, height: int = 128, width: int = 128, caption: str = "", without: int | None = None
 ) -> Picture:
-    """Draw a scene: anti-aliased, with jitter in place, size, angle and colour; or all of it ``without`` one thing."""
+    """Draw a scene: anti-aliased, with jitter in place, size, angle and colour; by default with its plain caption.
+
+    ``without`` is one of two things to leave out; all else is as it is with it.
+    """
     pixels = np.tile(_jittered(BACKGROUNDS[scene.background], 5, rng), (height, width, 1))
     masks: list[NDArray[np.float64]] = []
     for i, (thing, (x, y)) in enumerate(zip(scene.things, _centres(scene, rng), strict=True)):

@@ -29,10 +29,11 @@ def convert(
 ) -> None:
     """Convert a whole model: transformer, autoencoder, text encoders, tokenizers and scheduler; or one part of it.
 
-    What is written is read back and compared: a diffusers pipeline, a folder as the official repository is, or one
-    ComfyUI checkpoint, which has no tokenizers; of one part, a diffusers folder or an official file. The source and the
-    files are what ``find_files`` takes, or the source is a transformer or an autoencoder. Quantized files are widened.
-    Without ``dtype``, each tensor keeps its own; of a text encoder in float8, bfloat16.
+    What is written is read back and compared. The output is a diffusers pipeline, a folder laid out as the official
+    repository is, or one ComfyUI checkpoint, which has no tokenizers; of one part, a diffusers folder or an official
+    file. The source and the files are what ``find_files`` takes; or the source is one part, a transformer or an
+    autoencoder. Quantized files are written widened. Without ``dtype``, each tensor keeps its own; of a
+    text encoder in float8, bfloat16.
 
     Raises:
         WeightsError: a part is missing, is not this variant's, or would be written as it is; or the output exists.
@@ -81,7 +82,11 @@ def convert(
 def convert_part(
     source: str | Path, output: str | Path, config: Config, to: Target, dtype: torch.dtype | None = None
 ) -> None:
-    """Convert one part, as ``convert`` does and with its errors, to the sizes of ``config``."""
+    """Convert one part, as ``convert`` does, to the sizes of ``config``.
+
+    Raises:
+        WeightsError: the source is not this part, or would be written as it is; or the output exists.
+    """
     _check_output(output, to)
     if to == "comfyui":
         raise WeightsError("to is 'comfyui', which is one file of all parts; for one part take official or diffusers")
@@ -133,7 +138,11 @@ def _write_json(said: dict[str, Any], path: Path) -> None:
 
 
 def diffusers_config(config: Config) -> dict[str, Any]:
-    """What diffusers' ``config.json`` says of a part; a ``WeightsError`` where it has no way to say a size."""
+    """What diffusers' ``config.json`` says of a transformer or an autoencoder.
+
+    Raises:
+        WeightsError: it has no way to say a size.
+    """
     told: dict[str, Any]
     if isinstance(config, AutoEncoderConfig):
         levels, no_convs = len(config.ch_mult), dict.fromkeys(("use_quant_conv", "use_post_quant_conv"), False)

@@ -80,7 +80,11 @@ class _Place:
 
 
 def dialect(tensors: Tensors) -> str | None:
-    """Which dialect of LoRA a file is, None of no LoRA; a ``WeightsError`` where it changes weights in another way."""
+    """Which dialect of LoRA a file's names are; None of a file that is no LoRA.
+
+    Raises:
+        WeightsError: it changes weights in a way that is not read here.
+    """
     for what, pattern in _OTHERS.items():
         if found := [name for name in tensors if re.fullmatch(pattern, name)]:
             raise WeightsError(f"{tensors.path}: holds {what} ({listed(found, 2)}); only plain LoRA is read")
@@ -115,6 +119,10 @@ def read_lora(path: str | Path, modules: Mapping[str, nn.Module]) -> tuple[list[
     if unknown:
         said = f"{len(unknown)} tensors fit nothing in {' or '.join(modules)}: {listed(unknown, 4)}"
         raise WeightsError(f"{path}: {said}; is it of another model?")
+    for first, second in pairwise(sorted(found, key=lambda place: (id(place.layer), place.rows))):
+        if first.layer is second.layer and second.rows[0] < first.rows[1]:  # such as qkv, and in another dialect q
+            said = f"{found[first][0]} and {found[second][0]} change the same rows of one layer"
+            raise WeightsError(f"{path}: {said}, which would be added twice; remove one of the two from the file")
     for place, (layer, roles) in found.items():  # before any value is read
         columns = {place.layer.in_features}
         if place.layer is transformer.img_in:  # it may become wider, to be shown more than the noise
@@ -149,7 +157,13 @@ def _change(layer: str, roles: dict[str, str], place: _Place, tensors: Tensors) 
 
 
 def _told(tensors: Tensors, layer: str, rank: int) -> float:
-    """A layer's alpha in PEFT's config, which diffusers writes into the file, and PEFT beside it; or else the rank."""
+    """A layer's alpha in PEFT's config; the rank where there is none.
+
+    diffusers writes it into the file, once for each part; PEFT itself beside the file.
+
+    Raises:
+        WeightsError: it cannot be read.
+    """
     part, _, own = layer.partition(".")
     folder = tensors.path if tensors.path.is_dir() else tensors.path.parent
     beside = folder / "adapter_config.json"

@@ -26,7 +26,11 @@ class Files:
 
 
 def data_folder() -> Path:
-    """The folder data/: where FLUXLAB_DATA points, or beside the package; a ``WeightsError`` where it is not there."""
+    """The folder data/: where the environment variable FLUXLAB_DATA points, or beside the package in a checkout.
+
+    Raises:
+        WeightsError: it is in neither place.
+    """
     named = os.environ.get("FLUXLAB_DATA")
     folder = at(named) if named else Path(__file__).resolve().parents[2] / "data"
     if not folder.is_dir():
@@ -47,11 +51,13 @@ def find_files(
 ) -> Files:
     """The files of a variant, once its text encoders are seen to be as wide as the transformer takes them.
 
-    The source is a folder as the official repository is (``flux1-dev.safetensors``, ``ae.safetensors``,
-    ``text_encoder``, ``text_encoder_2``, ``tokenizer``, ``tokenizer_2``) or as diffusers' are (``transformer``, ``vae``
-    and the same); a file of one part or of several; or a repository on the hub (``owner/name``), of which what the
-    cache lacks is downloaded, once it is said how much that is. Without it: data/ for the embedded variants; for the
-    others such a folder that FLUXLAB_WEIGHTS names, or the one in it of their repository's name, as ``FLUX.1-dev``.
+    The source is a folder laid out as the official repository is (``flux1-dev.safetensors``, ``ae.safetensors``,
+    ``text_encoder``, ``text_encoder_2``, ``tokenizer``, ``tokenizer_2``) or as diffusers does (``transformer``, ``vae``
+    and the same); or a file of one part or of several; or the name of a repository on the Hugging Face hub
+    (``owner/name``), from which what is not in the local cache is downloaded, once it is said how much that is. Without
+    it: data/ for the embedded variants; for the others such a folder that the environment variable FLUXLAB_WEIGHTS
+    names, or the one in it that has the name of their repository, such as ``FLUX.1-dev``. The others are as in
+    ``fl.load``.
 
     Raises:
         WeightsError: no source where one is needed, a part is missing, or a text encoder is another model's.

@@ -126,7 +126,11 @@ def from_diffusers(tensors: Mapping[str, Tensor], config: Config) -> dict[str, T
 
 
 def translated(tensors: Tensors, config: Config, to: Layout) -> Tensors:
-    """All tensors of the other layout, each made when it is read; a ``WeightsError`` where two dtypes become one."""
+    """All tensors of the other layout, each made when it is read, with the memory of one.
+
+    Raises:
+        WeightsError: tensors that become one are of several dtypes.
+    """
     if to == "diffusers":
         split = {name: rule for rule in rules(config) for name in rule.diffusers}
         entries = to_diffusers(tensors.entries, config)

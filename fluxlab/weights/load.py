@@ -42,10 +42,13 @@ def load_weights(
 
     A transformer, an autoencoder or a text encoder is found in a file of several parts, in either layout, and in
     quantized files. Names and shapes are compared before anything is read. Each tensor is then read, cast and moved by
-    itself, so that the peak memory is the weights once, and nothing on a CPU where they need no change: they stay
-    mapped. The module is left in eval mode, and its weights without gradients. Without ``dtype`` they keep that of the
-    file, or the narrowest that holds all of several: float32 for bfloat16 and float32; bfloat16 for float8. With
-    ``low_memory`` nothing is kept: each layer's are read, widened, cast and moved when it runs, and left when it has.
+    itself and put in place of the module's own, so that the peak memory is the weights once, and nothing on a CPU where
+    they need no change: they stay mapped. The module is left in eval mode, and its weights without gradients. Without
+    ``dtype`` they keep that of the file; where it holds several, since a forward takes one, they get the narrowest that
+    holds the values of all: float32 for bfloat16 and float32; and bfloat16 for float8, with which no forward computes.
+
+    With ``low_memory`` nothing is kept: each layer's weights are read, widened, cast and moved when it runs, and left
+    when it has run.
 
     Raises:
         WeightsError: the file is not whole, or its names, shapes or dtypes differ; nothing is loaded then. Or a value
@@ -120,7 +123,10 @@ def opened(
 ) -> Tensors:
     """A transformer's or an autoencoder's tensors in a layout, checked; each cast and translated when it is read.
 
-    Without a dtype each keeps its own; ``narrow``: all get the narrowest that holds the values of all.
+    ``narrow``: without a dtype, all get the narrowest that holds the values of all.
+
+    Raises:
+        WeightsError: as ``load_weights`` says; or tensors of several dtypes become one.
     """
     part = open_part(path, "transformer" if isinstance(config, FluxConfig) else "autoencoder")
     check_shapes(part.tensors, shapes(config, part.layout), part)
@@ -152,7 +158,13 @@ def _encoder(part: Part, wanted: Shapes) -> Tensors:
 
 
 def autoencoder_config(variant: Variant, path: str | Path) -> AutoEncoderConfig:
-    """A variant's VAE config, with the scale and shift that its file tells; a ``WeightsError`` where they are none."""
+    """A variant's VAE config, with the scale and shift that are written beside the weights, if any are.
+
+    They stand in the metadata of the files that fluxlab writes, and in the ``config.json`` of diffusers' folders.
+
+    Raises:
+        WeightsError: the file cannot be read, or they are no such numbers.
+    """
     path = at(path)
     told: dict[str, Any] = open_tensors(path).metadata  # of the files that fluxlab writes
     beside = (path if path.is_dir() else path.parent) / "config.json"
@@ -180,7 +192,13 @@ def check_shapes(tensors: Tensors, wanted: Shapes, part: Part | None = None) -> 
 
 
 def empty_encoder(kind: str, source: str | Path, chosen: Variant | None = None) -> Any:
-    """transformers' "t5" or "clip" on the meta device; a ``WeightsError`` where the config beside it makes none."""
+    """transformers' T5 encoder ("t5") or CLIP text model ("clip") on the meta device, for the weights of ``source``.
+
+    A folder's config is its own; a file has none, and those of the variant serve it: in data/, or the published.
+
+    Raises:
+        WeightsError: the folder's config cannot be read, or there is none.
+    """
     with importing():
         import transformers
 

@@ -1,4 +1,7 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685) apart from a model's weights or merged into them. Opened in chapter 15."""
+"""LoRA on a model: kept apart from its weights, or merged into them, and taken off again. Opened in chapter 15.
+
+A LoRA adds ``strength * alpha / rank * up(down(x))`` to what a Linear gives (Hu et al. 2021, arXiv:2106.09685).
+"""
 
 from __future__ import annotations
 
@@ -27,10 +30,13 @@ class Lora:
     def __init__(
         self, modules: Mapping[str, nn.Module], files: Mapping[Any, float], among: list[Lora] | None = None
     ) -> None:
-        """Of modules "transformer", "clip" and "t5", and files with strengths; in the list ``among`` while it is on.
+        """Of modules by part, "transformer", "clip" and "t5"; and of files, each with its strength, usually 0 to 1.
+
+        ``among``: a list that it stands in while it is on.
 
         Raises:
-            WeightsError: a file cannot be read, does not fit, or widens a widened model; nothing is changed then.
+            WeightsError: a file cannot be read, or does not fit the modules, or widens a model that another widened;
+                nothing is changed then.
             ValueError: a strength is no finite number, or a file is named twice.
         """
         if not isinstance(files, Mapping) or len({str(file) for file in files}) < len(files):
@@ -86,7 +92,8 @@ class Lora:
         """Change how much of a file is added. Scales of norms that it replaces are its own at any strength.
 
         Raises:
-            ValueError: no finite number, no such file here, they were taken off, or weights were changed since.
+            ValueError: the strength is no finite number, there is no such file here, they were taken off, or weights
+                were changed since.
         """
         if str(file) not in self.strengths:
             raise ValueError(f"{str(file)!r} is none of these LoRAs: {', '.join(self.strengths)}")
@@ -102,7 +109,9 @@ class Lora:
         self._changed()
 
     def merge(self) -> None:
-        """Add all to the weights, in float32 and rounded once; those from before are kept for ``undo``.
+        """Add all to the weights, in float32 and rounded once.
+
+        The weights from before are kept for ``undo``, which takes memory where they are not mapped to their file.
 
         Raises:
             WeightsError: weights are quantized, divided or not in memory; nothing is changed then.

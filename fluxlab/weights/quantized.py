@@ -14,8 +14,7 @@ from fluxlab.arguments import is_finite
 from fluxlab.extras import importing
 from fluxlab.files import Tensors, WeightsError, listed
 
-# GGUF's types and architectures: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of GGUF's types
 _ARCHITECTURES = ("flux", "t5", "t5encoder", None)  # None is what stable-diffusion.cpp writes
 _EIGHT_BITS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 _SCALE = re.compile(r"(.*)\.(?:scale_weight|weight_scale)")
@@ -24,7 +23,13 @@ _BITSANDBYTES = re.compile(r".*\.(?:SCB|weight_format|absmax|quant_map|quant_sta
 
 
 def read_gguf(path: Path) -> Tensors:
-    """A GGUF file: floats stay mapped, others become float32; a ``WeightsError`` where it cannot be read so."""
+    """A GGUF file: floats stay mapped, quantized tensors become float32, as the gguf package dequantizes them.
+
+    Raises:
+        WeightsError: the file is not whole, is of another architecture, or has a type that cannot be dequantized.
+
+    Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+    """
     with importing():
         from gguf import GGML_QUANT_SIZES, GGUFEndian, GGUFReader
         from gguf.quants import dequantize
@@ -82,7 +87,12 @@ def read_gguf(path: Path) -> Tensors:
 
 
 def unscaled(tensors: Tensors) -> Tensors:
-    """A file's own tensors, and of those with a scale the float32 product; a ``WeightsError`` where scales fit none."""
+    """A safetensors file's own tensors; of eight-bit floats with a scale beside them, the float32 product.
+
+    Raises:
+        WeightsError: it is quantized in a way that is not read here; or a scale is without its weight, of a shape that
+            fits nothing, or not finite.
+    """
     path, names = tensors.path, list(tensors)
     if found := list(filter(_BITSANDBYTES.fullmatch, names)):
         said = f"quantized by bitsandbytes ({listed(found, 2)}), which only bitsandbytes reads"

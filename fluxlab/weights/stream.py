@@ -23,9 +23,10 @@ def refuse(said: str, *_: Any) -> None:
 def stream(module: nn.Module, tensors: Tensors, device: torch.device | str = "cpu") -> Callable[[], None]:
     """Keep a module's parameters on the meta device, and give each layer its own from ``tensors`` while it runs.
 
-    On a CPU, weights that need no change stay mapped, and others take the memory of one layer; to a GPU the next
-    layer's are on their way: two layers' memory. Threads share what is there. A copy of the module, other weights, and
-    layers that are put in and have none are refused. What is returned ends it; parameters stay on the meta device.
+    On a CPU, weights that need no change stay mapped to their file, and others take the memory of one layer. To a GPU
+    the next layer's are on their way while one computes: two layers' memory. Threads share what is there. A copy of
+    the module, other weights, and layers that are put in and have none are refused. What is returned ends it, and
+    leaves the parameters on the meta device.
     """
     hooks: list[RemovableHandle] = []
     device = torch.device(device)

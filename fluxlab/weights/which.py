@@ -105,7 +105,11 @@ def open_part(path: str | Path, kind: str) -> Part:
 
 
 def open_tensors(path: str | Path) -> Tensors:
-    """All tensors of a file or of shards, quantized ones widened when they are read; else a ``WeightsError``."""
+    """All tensors of a safetensors or GGUF file, or of shards; quantized ones are widened when they are read.
+
+    Raises:
+        WeightsError: it cannot be read.
+    """
     path = at(path)
     return read_gguf(path) if is_gguf(path) else unscaled(Checkpoint(path))
 

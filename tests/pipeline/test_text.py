@@ -194,3 +194,12 @@ def test_an_odd_config_is_a_sentence(tmp_path, odd):
     (t5 / "config.json").write_text(json.dumps(config | odd))
     with pytest.raises(WeightsError):
         fl.load("flux-tiny-dev", t5=t5)
+
+
+def test_a_tokenizer_of_more_pieces_than_the_encoder_knows_is_refused(tmp_path):
+    """Kontext's, whose words are others: its ids would be other words, or none."""
+    flux_tiny = data_folder() / "flux-tiny"
+    shutil.copytree(flux_tiny / "kontext/t5", tmp_path / "tokenizer_2")
+    shutil.copytree(flux_tiny / "clip", tmp_path / "tokenizer")
+    with pytest.raises(fl.WeightsError, match=r"this tokenizer has 122 pieces, and its encoder 114; take both"):
+        fl.load("flux-tiny-dev", tokenizers=tmp_path)

@@ -953,3 +953,19 @@ def test_it_moves_to_other_modules_without_its_file(tmp_path, model):
     torch.testing.assert_close(out(other), changed, rtol=1e-4, atol=1e-5)
     lora.undo()
     assert torch.equal(out(other), base)
+
+
+@pytest.mark.parametrize("strangers", ["transformer.transformer_blocks.0.attn.to_k", "double_blocks.0.img_attn.qkv"])
+def test_rows_that_a_file_changes_in_two_dialects_are_refused(tmp_path, strangers):
+    """As of files that were written by two programs: it would be added twice."""
+    pipe = fl.load("flux-tiny-dev")
+    width = pipe.model.config.hidden_size
+    rows = width if "to_k" in strangers else 3 * width
+    down, up = torch.randn(4, width), torch.randn(3 * width, 4)
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+    tensors |= {f"{strangers}.lora_A.weight": down.clone(), f"{strangers}.lora_B.weight": up[:rows].clone()}
+    write_tensors(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(fl.WeightsError, match=r"change the same rows of one layer|are both the down of one layer"):
+        pipe.add_lora({tmp_path / "x.safetensors": 1.0})
+    assert pipe.loras == []

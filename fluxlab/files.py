@@ -25,6 +25,8 @@ _OTHERS = {  # how a file begins that is not safetensors: what it is, and what t
     b"GGUF": "this is a GGUF file, where safetensors was expected; only a whole model's or a text encoder's may be one",
     b"<": "this is a web page, perhaps one that asks to log in or to accept a licence; do so, and fetch the file again",
 }
+# what JSON of another form than expected, or of numbers that no float holds, leads to
+MISREAD = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
 
 class WeightsError(ValueError):
@@ -137,8 +139,8 @@ def _shards(path: Path) -> tuple[list[Path], Collection[str] | None]:
     if is_index(path):
         try:
             promised = read_json(path)["weight_map"]
-            shards = {path.parent / file for file in promised.values()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            shards = {at(path.parent / file) for file in promised.values()}
+        except MISREAD as error:
             raise WeightsError(f"{path}: not an index of shards ({type(error).__name__}: {error})") from error
         if absent := sorted(file.name for file in shards if not file.exists()):
             raise WeightsError(f"{path}: names {len(absent)} files that are not there: {listed(absent)}; fetch them")
@@ -161,10 +163,10 @@ def _open(path: Path) -> tuple[safe_open, dict[str, Tensor]]:
         raise WeightsError(f"{path}: cannot be read ({error}); look at its permissions") from error
     except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, OverflowError) as error:
         torn = f"not a whole safetensors file: {path.stat().st_size:,} bytes ({error}); fetch or write it again"
-        raise WeightsError(f"{path}: {_what_it_is(path) or torn}") from error
+        raise WeightsError(f"{path}: {what_it_is(path) or torn}") from error
 
 
-def _what_it_is(path: Path) -> str | None:
+def what_it_is(path: Path) -> str | None:
     """What a file is that is not what it should be, where it tells."""
     with path.open("rb") as opened:
         start = opened.read(64)
@@ -271,9 +273,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
         found = json.loads(at(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error})") from error
-    except ValueError as error:
+    except MISREAD as error:
         torn = f"cannot be read as JSON ({error}); fetch or write it again"
-        raise WeightsError(f"{path}: {_what_it_is(at(path)) or torn}") from error
+        raise WeightsError(f"{path}: {what_it_is(at(path)) or torn}") from error
     if not isinstance(found, dict):
         raise WeightsError(f"{path}: holds a {type(found).__name__}, where a JSON object was expected")
     return found

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fluxlab.config import Variant
 from fluxlab.extras import importing
-from fluxlab.files import WeightsError
+from fluxlab.files import WeightsError, at, what_it_is
 from fluxlab.pipeline.checks import as_texts, finite, warn
 from fluxlab.weights.load import empty_encoder
 
@@ -88,7 +88,10 @@ def tokenizer(kind: str, source: str | Path) -> Any:
     try:
         return kinds[kind].from_pretrained(os.path.expanduser(source))
     except Exception as error:  # a spoilt vocabulary raises Exception itself
-        raise WeightsError(f"{source}: no {kind.upper()} tokenizer can be read from it ({error})") from error
+        files = [file for file in sorted(at(source).glob("*")) if file.is_file()]
+        spoilt = next((f"{file}: {said}" for file in files if (said := what_it_is(file))), None)
+        torn = f"{source}: no {kind.upper()} tokenizer can be read from it ({error}); fetch its files again"
+        raise WeightsError(spoilt or torn) from error
 
 
 def _tokenize(words: Any, prompts: Sequence[str], length: int, who: str) -> Int[Tensor, "batch tokens"]:

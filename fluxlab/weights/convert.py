@@ -12,7 +12,7 @@ from torch import nn
 from fluxlab.config import AutoEncoderConfig, Variant
 from fluxlab.files import Checkpoint, Tensors, WeightsError, at, is_index, replacing, stream_tensors, write_text
 from fluxlab.weights.find import find_files
-from fluxlab.weights.layouts import Config
+from fluxlab.weights.layouts import Config, Layout
 from fluxlab.weights.load import autoencoder_config, empty_encoder, opened, weights_of
 from fluxlab.weights.which import is_gguf, which
 
@@ -50,18 +50,21 @@ def convert(
     vae = autoencoder_config(variant, found.autoencoder)
     encoders = {kind: empty_encoder(kind, getattr(found, kind), variant) for kind in ("t5", "clip")}
     texts = {kind: _text(encoder, getattr(found, kind), dtype) for kind, encoder in encoders.items()}
+    layout: Layout = "diffusers" if to == "diffusers" else "official"
+    transformer = opened(found.transformer, variant.transformer, layout, dtype)
+    autoencoder = opened(found.autoencoder, vae, layout, dtype)
+    if to != "comfyui" and _as_it_is(found.transformer, transformer) and _as_it_is(found.autoencoder, autoencoder):
+        raise WeightsError(f"{found.transformer.parent}: is in the {to} layout already, and in that dtype")
     with replacing(output) as target:
         if to == "comfyui":
-            parts = {"model.diffusion_model.": opened(found.transformer, variant.transformer, "official", dtype)}
-            parts["vae."] = opened(found.autoencoder, vae, "official", dtype)
+            parts = {"model.diffusion_model.": transformer, "vae.": autoencoder}
             parts["text_encoders.t5xxl.transformer."] = texts["t5"]
             parts["text_encoders.clip_l.transformer."] = texts["clip"]
             return _write(parts, target, factors(vae))
         target.mkdir()
         names = ("transformer", "vae") if to == "diffusers" else (variant.transformer_file, variant.autoencoder_file)
-        transformer, autoencoder = (target / Path(name).name for name in names)
-        convert_part(found.transformer, transformer, variant.transformer, to, dtype)
-        convert_part(found.autoencoder, autoencoder, vae, to, dtype)
+        _write_part(transformer, target / Path(names[0]).name, variant.transformer, layout)
+        _write_part(autoencoder, target / Path(names[1]).name, vae, layout)
         for kind, tokenizer, number in (("t5", found.t5_tokenizer, "_2"), ("clip", found.clip_tokenizer, "")):
             folder, words = target / f"text_encoder{number}", target / f"tokenizer{number}"
             folder.mkdir()
@@ -92,8 +95,17 @@ def convert_part(
         raise WeightsError("to is 'comfyui', which is one file of all parts; for one part take official or diffusers")
     source = at(source)
     tensors = opened(source, config, to, dtype)
-    if tensors.mapped and not is_gguf(source) and list(tensors) == list(Checkpoint(source)):
+    if _as_it_is(source, tensors):
         raise WeightsError(f"{source}: is in the {to} layout already, and in that dtype")
+    _write_part(tensors, output, config, to)
+
+
+def _as_it_is(source: Path, tensors: Tensors) -> bool:
+    """Whether a source holds just these tensors, by these names."""
+    return tensors.mapped and not is_gguf(source) and list(tensors) == list(Checkpoint(source))
+
+
+def _write_part(tensors: Tensors, output: str | Path, config: Config, to: Layout) -> None:
     with replacing(output) as file:
         if to == "diffusers":
             file.mkdir()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fluxlab.files import Checkpoint, Tensors, WeightsError, listed, read_json
+from fluxlab.files import MISREAD, Checkpoint, Tensors, WeightsError, listed, read_json
 from fluxlab.model.transformer import Flux
 from fluxlab.weights.layouts import rules
 from fluxlab.weights.quantized import finite_weights
@@ -175,7 +175,7 @@ def _told(tensors: Tensors, layer: str, rank: int) -> float:
         named = (alpha for key, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", own))
         alpha = next(named, told.get(f"{head}lora_alpha", rank))
         return float(alpha) * (rank**0.5 if told.get(f"{head}use_rslora") else 1)
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+    except (*MISREAD, re.error) as error:
         raise WeightsError(f"{tensors.path}: its PEFT config cannot be read ({error})") from error
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from fluxlab.arguments import check_place
 from fluxlab.config import AutoEncoderConfig, FluxConfig, Variant
 from fluxlab.extras import importing
-from fluxlab.files import Tensors, WeightsError, at, describe_difference, listed, read_json
+from fluxlab.files import MISREAD, Tensors, WeightsError, at, describe_difference, listed, read_json
 from fluxlab.model.autoencoder import AutoEncoder
 from fluxlab.model.transformer import Flux
 from fluxlab.weights.find import data_folder, encoder_config
@@ -174,7 +174,7 @@ def autoencoder_config(variant: Variant, path: str | Path) -> AutoEncoderConfig:
     factors = {name: told[name] for name in ("scale_factor", "shift_factor") if name in told}
     try:
         return replace(variant.autoencoder, **{name: float(factor) for name, factor in factors.items()})  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
+    except MISREAD as error:
         raise WeightsError(f"{path}: its VAE's {factors} cannot be used ({error})") from error
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fluxlab.arguments import is_finite
 from fluxlab.extras import importing
-from fluxlab.files import Tensors, WeightsError, listed
+from fluxlab.files import MISREAD, Tensors, WeightsError, listed
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of GGUF's types
 _ARCHITECTURES = ("flux", "t5", "t5encoder", None)  # None is what stable-diffusion.cpp writes
@@ -126,9 +126,11 @@ def _formats(tensors: Tensors) -> set[str]:
     try:
         said = [*json.loads(tensors.metadata.get("_quantization_metadata", "{}")).get("layers", {}).values()]
         marks = [name for name in tensors if name.endswith(".comfy_quant")]
+        if long := [name for name in marks if tensors.entries[name].numel() > 2**12]:
+            raise ValueError(f"{long[0]} has {tensors.entries[long[0]].numel()} letters")
         said += [json.loads(bytes(tensors[name].flatten().tolist())) for name in marks]
         return {str(layer["format"]) for layer in said}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except MISREAD as error:
         raise WeightsError(f"{tensors.path}: what it says of its quantization cannot be read ({error!r})") from error
 
 

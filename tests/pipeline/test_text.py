@@ -203,3 +203,20 @@ def test_a_tokenizer_of_more_pieces_than_the_encoder_knows_is_refused(tmp_path):
     shutil.copytree(flux_tiny / "clip", tmp_path / "tokenizer")
     with pytest.raises(fl.WeightsError, match=r"this tokenizer has 122 pieces, and its encoder 114; take both"):
         fl.load("flux-tiny-dev", tokenizers=tmp_path)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_2/spiece.model", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 791656\n", "git-lfs has left this pointer"),
+        ("<!doctype html><html></html>", "this is a web page"),
+        ("", "tokenizer can be read from it .*; fetch its files again"),
+    ],
+)
+def test_what_is_in_place_of_a_tokenizers_file_is_told(tmp_path, file, content, said):
+    shutil.copytree(data_folder() / "flux-tiny/t5", tmp_path / "tokenizer_2")
+    shutil.copytree(data_folder() / "flux-tiny/clip", tmp_path / "tokenizer")
+    (tmp_path / file).write_text(content)
+    with pytest.raises(fl.WeightsError, match=said):
+        fl.load("flux-tiny-dev", tokenizers=tmp_path)

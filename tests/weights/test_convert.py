@@ -506,3 +506,15 @@ def test_a_dtype_that_is_a_word_is_refused(tmp_path):
     with pytest.raises(fl.WeightsError, match="dtype is 'bfloat16'; give a floating dtype"):
         convert(TINY, tmp_path / "x", "diffusers", dtype="bfloat16")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("to", ["official", "diffusers", "comfyui"])
+def test_a_folder_of_both_layouts_is_converted_to_either(tmp_path, to):
+    """As people have: an official transformer beside the parts of a diffusers folder."""
+    variant = fl.variant("flux-tiny-dev")
+    convert(variant, tmp_path / "whole", "diffusers")
+    shutil.copytree(tmp_path / "whole", mixed := tmp_path / "mixed", ignore=shutil.ignore_patterns("transformer"))
+    shutil.copy(data_folder() / variant.transformer_file, mixed)
+    convert(variant, tmp_path / to, to, mixed)
+    own, same = (fl.load("flux-tiny-dev", folder).model.state_dict() for folder in (mixed, tmp_path / to))
+    assert all(torch.equal(tensor, same[name]) for name, tensor in own.items())

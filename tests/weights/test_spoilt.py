@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import fluxlab as fl
 from fluxlab.files import Checkpoint, write_tensors
+from fluxlab.weights.load import autoencoder_config
 from fluxlab.weights.which import which
 from tests.helpers import SMALL, linux, peak_anonymous_memory
 
@@ -194,3 +196,35 @@ def test_bytes_changed_anywhere_in_a_header(tmp_path, whole, place, value):
         fl.load_weights(model, tmp_path / "x.safetensors")
     except fl.WeightsError:
         assert all(p.is_meta for p in model.parameters())
+
+
+DEEP, HUGE = "[" * 200_000, "1" + "0" * 400
+
+
+@pytest.mark.parametrize("said", [DEEP, '{"transformer.lora_alpha": ' + HUGE + "}"], ids=["deep", "huge"])
+def test_a_lora_whose_config_is_odd_is_refused(tmp_path, said):
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    tensors = {f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)}
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"lora_adapter_metadata": said})
+    with pytest.raises(fl.WeightsError, match="its PEFT config cannot be read"):
+        fl.load("flux-tiny-dev").add_lora({tmp_path / "x.safetensors": 1.0})
+
+
+def test_jsons_that_are_odd_are_refused(tmp_path, whole):
+    (tmp_path / "x.safetensors").write_bytes(whole)
+    for said, file in ((DEEP, "no.safetensors.index.json"), ('{"weight_map": {"a": "' + "a" * 5000 + '"}}', "long")):
+        (folder := tmp_path / file).mkdir()
+        (folder / "x.safetensors.index.json").write_text(said)
+        refused(folder)
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL", "scaling_factor": ' + HUGE + "}")
+    with pytest.raises(fl.WeightsError, match="its VAE's"):
+        autoencoder_config(fl.variant("flux-dev"), tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("mark", [DEEP[:4000], DEEP], ids=["deep", "long"])
+def test_marks_of_a_quantization_that_are_odd_are_refused(tmp_path, mark):
+    letters = torch.tensor(list(mark.encode()), dtype=torch.uint8)
+    save_file({"img_in.comfy_quant": letters}, tmp_path / "x.safetensors")
+    refused(tmp_path / "x.safetensors", "what it says of its quantization cannot be read")
+    save_file({"a": letters}, tmp_path / "x.safetensors", metadata={"_quantization_metadata": mark})
+    refused(tmp_path / "x.safetensors", "what it says of its quantization cannot be read")
